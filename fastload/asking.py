@@ -1,0 +1,103 @@
+"""What one public call asks for: arguments, settings, platform, plugins and lock resolved, before any network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import NotFoundError
+from .events import Observer
+from .lock import Lock
+from .plugins import call_hook, manager, resolve_settings
+from .settings import Settings
+from .types import Manifest, Request
+
+SettingsLike = Settings | Mapping[str, Any] | None
+LockLike = str | os.PathLike[str] | Lock | None
+
+#: Those of the framework's keyword arguments that choose files.
+_CHOOSING = ("variant", "subfolder", "use_safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one call asks for, with everything resolved that can be without I/O.
+
+    Attributes:
+        pm: The plugin manager.
+    """
+
+    request: Request
+    settings: Settings
+    pm: Any
+    observers: tuple[Observer, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two calls must share so that one transfer serves both."""
+        r, s = self.request, self.settings
+        options = tuple(sorted((k, str(v)) for k, v in r.options.items()))
+        return (
+            os.getpid(),
+            r.source,
+            r.revision,
+            r.patterns,
+            r.everything,
+            options,
+            r.locked,
+            s.cache_dir,
+            s.endpoint,
+            s.token,
+        )
+
+
+def ask(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+    options: Mapping[str, Any] | None = None,
+    everything: bool = False,
+) -> Asked:
+    """Resolve the arguments that all public calls share. No network.
+
+    Raises:
+        SettingsError: A setting is wrong.
+        NotFoundError: The lock does not hold the source.
+    """
+    resolved = resolve_settings(settings, mirrors=tuple(mirrors) if mirrors is not None else None)
+    pm = manager(resolved)
+    uri = os.fspath(source)
+    request = Request(
+        source=uri,
+        revision=revision,
+        patterns=(files,) if isinstance(files, str) else None if files is None else tuple(files),
+        everything=everything,
+        options={name: options[name] for name in _CHOOSING if options and options.get(name) is not None},
+        locked=None if lock is None else _locked(lock, uri, revision, resolved, pm),
+    )
+    return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)))
+
+
+def _plugin_observers(uri: str, settings: Settings, pm: Any) -> list[Observer]:
+    return [o for o in call_hook(pm, "fastload_observer", source=uri, settings=settings) if o is not None]
+
+
+def _locked(lock: LockLike, uri: str, revision: str | None, settings: Settings, pm: Any) -> Manifest:
+    """Return what the lock holds for *uri*; nothing else will be accepted."""
+    table = lock if isinstance(lock, Lock) else Lock.read(lock or "")
+    source = call_hook(pm, "fastload_source", uri=uri, revision=revision, settings=settings)
+    name = uri if source is None else source.name
+    asked = revision or (source.revision if source is not None and "@" in uri else None)
+    manifest = table.manifest(name, asked, endpoint=settings.endpoint)
+    if manifest is None:
+        raise NotFoundError(
+            f"the lock holds no {name}" + (f" at {asked}" if asked else ""), hint=f"`fastload lock {uri}` adds it"
+        )
+    return manifest

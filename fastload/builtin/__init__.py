@@ -1,0 +1,1 @@
+"""Parts of fastload that enter through the same hooks as everybody's plugins."""

@@ -1,0 +1,136 @@
+"""Single steps on the disk, and the errors that they end in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import CacheError, SourceError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+#: Specified, symlink(2): EPERM where the filesystem has none; FUSE mounts of object stores answer with the others.
+_NO_SYMLINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+_NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+#: Specified: huggingface_hub lets a group share its locks.
+_LOCK_MODE = 0o664
+
+
+def check_path(path: str, what: str = "file name") -> None:
+    """Refuse a path that could leave the folder it is joined to, here or on Windows, or that git itself cannot hold.
+
+    Args:
+        path: Relative, with ``/``, as a source lists it.
+        what: What the error calls it.
+
+    Raises:
+        SourceError: It is absolute or empty, or has a part that is ``.``, ``..``, empty, a drive, or holds a backslash,
+            a control character or half a surrogate pair.
+    """
+    bad_part = any(part in ("", ".", "..") or part[1:2] == ":" for part in path.split("/"))
+    if bad_part or "\\" in path or any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in path):
+        raise SourceError(
+            f"refused the {what} {path!r}: it could leave the cache, or is no name at all",
+            hint="ask the owner of the repository to rename it" if what == "file name" else None,
+        )
+
+
+def cache_error(error: OSError, doing: str, path: Path | str) -> CacheError:
+    """Return the :class:`CacheError` that says what *error* kept from being done, and what helps; ``errno`` is kept."""
+    other = "choose another cache_dir (FASTLOAD_CACHE_DIR or HF_HUB_CACHE)"
+    hint = None
+    if error.errno in _FULL:
+        hint = f"free some space ({_free_bytes(Path(path))} bytes are left there) or {other}"
+    elif error.errno in _DENIED:
+        hint = f"make it writable for user {os.geteuid()} or {other}"
+    elif error.errno in _NO_FLOCK and doing == "lock":
+        hint = f"this filesystem has no locks (flock): {other}"
+    code = errno.errorcode.get(error.errno or 0, "no errno")
+    result = CacheError(f"cannot {doing} {path}: {error.strerror or error} [{code}]", hint=hint)
+    result.errno = error.errno
+    return result
+
+
+def _free_bytes(path: Path) -> int:
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+@contextmanager
+def disk(doing: str, path: Path) -> Iterator[None]:
+    """Turn the OSError of the block into a :class:`CacheError` that says ``cannot {doing} {path}``."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except OSError as e:
+        raise cache_error(e, doing, path) from e
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Remove the temporary file *path* if the block, which makes it and gives it its final name, raises."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def open_lock(path: Path) -> int:
+    """Open the lock file *path*, made with the mode that huggingface_hub gives it; return the descriptor."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, _LOCK_MODE)
+    except FileExistsError:
+        return os.open(path, flags)
+    with suppress(PermissionError):
+        os.fchmod(fd, _LOCK_MODE)  # the umask took the group's right to write
+    return fd
+
+
+def new_file_mode(folder: Path) -> int:
+    """Return the mode that a new file gets in *folder*.
+
+    Made by making one: the umask belongs to the whole process, so a thread cannot look at it, and a folder's default
+    ACL overrides it.
+    """
+    probe = temporary_path(folder)
+    fd = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
+        os.unlink(probe)
+
+
+def temporary_path(folder: Path) -> Path:
+    """Return a free name in *folder*; among blobs, huggingface_hub prunes what a crash leaves under such a name."""
+    return folder / f"{os.urandom(8).hex()}.incomplete"
+
+
+def has_no_symlinks(error: OSError) -> bool:
+    """Tell whether *error* says that the filesystem knows no symbolic links."""
+    return error.errno in _NO_SYMLINKS
+
+
+def sync(path: Path) -> None:
+    """Bring the bytes of *path* and its name to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    for folder in {path.parent, Path(os.path.realpath(path)).parent}:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

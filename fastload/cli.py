@@ -1,0 +1,301 @@
+"""The command ``fastload``: parse, call the library, render. No logic lives here.
+
+stdout carries the result and nothing else (one JSON document with ``--json``); progress and errors go to stderr.
+Exit codes: 0 done, 1 an error of ours or an unsound file, 2 usage, 130 Ctrl-C, 141 nobody reads stdout, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import fastload
+
+from .errors import FastloadError, to_record
+from .lock import FILENAME
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+_INTERRUPTED = "interrupted; what has arrived is kept, and the same command goes on from there"
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    record: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the way that Ctrl-C takes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: The words after ``fastload``; ``sys.argv`` where ``None``.
+    """
+    try:
+        with _terminable():
+            args = _parser().parse_args(_join_locked(sys.argv[1:] if argv is None else argv))
+            try:
+                with redirect_stdout(sys.stderr):  # a framework that prints must not get into the result
+                    result: _Result = args.run(args)
+            except FastloadError as e:
+                result = _Result({"error": to_record(e)}, "", 1)
+                if not args.json:
+                    print(e, file=sys.stderr)
+            _print(json.dumps(result.record, indent=2) if args.json else result.text)
+            return result.code
+    except KeyboardInterrupt as e:
+        print(_INTERRUPTED, file=sys.stderr)
+        return 143 if isinstance(e, _Terminated) else 130
+    except BrokenPipeError:
+        # Else the interpreter complains when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _print(text: str) -> None:
+    if text:
+        encoding = sys.stdout.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: signals are the program's own affair
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+def _prefetch(args: argparse.Namespace) -> _Result:
+    snapshots = []
+    for source, revision in _sources(args):
+        with _progress(args, source) as observer:
+            snapshot = fastload.prefetch(source, revision=revision, observers=[observer], **_common(args))
+        record = {name: getattr(snapshot, name) for name in ("source", "revision", "commit")}
+        snapshots.append({**record, "path": str(snapshot.path), "files": list(snapshot.files)})
+    return _Result({"snapshots": snapshots}, "\n".join(s["path"] for s in snapshots))
+
+
+def _load(args: argparse.Namespace) -> _Result:
+    from . import report
+
+    [(source, revision)] = _sources(args)
+    chosen = {"device": args.device, "dtype": args.dtype, "framework": args.framework}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    with _progress(args, source) as observer, fastload.profile() as profiles:
+        loaded = fastload.load(source, revision=revision, observers=[observer], **given, **_common(args))
+    kind = f"{type(loaded).__module__}.{type(loaded).__qualname__}"
+    text = report.render(profiles, width=_columns(), ascii=not _draws())
+    return _Result({"type": kind, **profiles.to_record()}, f"{kind}\n{text}")
+
+
+def _verify(args: argparse.Namespace) -> _Result:
+    from .asking import ask
+    from .cache import check_snapshot
+    from .resolve import find_source
+
+    asked = ask(args.source[0], revision=args.revision, settings=_overrides(args))
+    source = find_source(asked.request, asked.settings, asked.pm)
+    checks = check_snapshot(asked.settings.cache_dir, source.name, source.revision)
+    bad = [check for check in checks if check.state in ("corrupt", "missing")]
+    lines = [f"{c.state}: {c.path} (expected {c.expected}, is {c.actual or 'not there'})" for c in bad]
+    lines += [f"{c.state}: {c.path}" for c in checks if c.state == "unknown"]
+    lines.append(f"{source.name} at {source.revision}: {len(bad)} of {len(checks)} files are corrupt or missing")
+    record = {"source": source.name, "revision": source.revision, "ok": not bad, "files": [asdict(c) for c in checks]}
+    return _Result(record, "\n".join(lines), 1 if bad else 0)
+
+
+def _lock(args: argparse.Namespace) -> _Result:
+    from . import loader
+    from .lock import Lock
+
+    lock, lines = Lock.read(args.output) if os.path.exists(args.output) else Lock(), []
+    for source in args.source:
+        manifest = loader.resolve(source, revision=args.revision, settings=_overrides(args))
+        lock = lock.with_manifest(manifest)
+        size = sum(file.size for file in manifest.files)
+        lines.append(
+            f"{manifest.source} at {manifest.revision}: {manifest.commit}, {len(manifest.files)} files, {size} bytes"
+        )
+    lock.write(args.output)
+    return _Result({"path": args.output, **lock.to_record()}, "\n".join([*lines, f"written: {args.output}"]))
+
+
+def _plugins(args: argparse.Namespace) -> _Result:
+    from . import plugins, report
+
+    records = plugins.report(_settings(args))
+    rows = [(r.name, r.version, r.distribution, r.error or ", ".join(r.hooks)) for r in records]
+    heading, *lines = report.table(rows, heading=("plugin", "version", "from", "hooks, or why it is out")).split("\n")
+    lines = [_red(line) if r.error else line for line, r in zip(lines, records, strict=True)]
+    return _Result({"plugins": [asdict(r) for r in records]}, "\n".join([heading, *lines]))
+
+
+def _show_settings(args: argparse.Namespace) -> _Result:
+    from . import report
+
+    records = _settings(args).table()
+    rows = [(r["name"], _value(r["value"]), r["origin"], r["help"]) for r in records]
+    return _Result({"settings": records}, report.table(rows, heading=("setting", "value", "from", "")))
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastload", description="Streams model weights, verified while they download."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = _command(commands, "prefetch", _prefetch, "download into the Hugging Face cache; needs no torch")
+    _add_source(p, nargs="*", help="what to download; with --locked, everything in the lock where none is given")
+    _add_download(p)
+    p = _command(commands, "load", _load, "load a model, print where the time went, and exit")
+    _add_source(p, nargs=1)
+    _add_download(p)
+    p.add_argument("--device", help="where the weights go (default: cpu)")
+    p.add_argument("--dtype", help="of the weights, for example bfloat16")
+    p.add_argument("--framework", help="who builds it; the files decide where it is not given")
+    p = _command(commands, "verify", _verify, "hash a snapshot in the cache again; 1 if a file is corrupt or missing")
+    _add_source(p, nargs=1)
+    p = _command(commands, "lock", _lock, f"write commit, files, sizes and digests to {FILENAME}")
+    _add_source(p, nargs="+")
+    p.add_argument(
+        "-o", "--output", default=FILENAME, metavar="FILE", help="(default: %(default)s); other entries stay"
+    )
+    _command(commands, "plugins", _plugins, "list the plugins and what is wrong with those that are not in use")
+    _command(commands, "settings", _show_settings, "list the settings, where their values come from and what they do")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], _Result], help: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run, parser=parser, locked=None)
+    parser.add_argument(
+        "--set", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="a setting; repeatable"
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="the Hugging Face cache")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _add_source(
+    parser: argparse.ArgumentParser, nargs: str | int, help: str = "org/name, org/name@revision, …"
+) -> None:
+    parser.add_argument("source", nargs=nargs, metavar="SOURCE", help=help)
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def _add_download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files", action="append", metavar="GLOB", help="only files that match; repeatable")
+    parser.add_argument("--mirror", action="append", metavar="URL", help="a further base URL to fetch from; repeatable")
+    parser.add_argument(
+        "--locked", metavar="FILE", help=f"accept only what this .lock file lists (default: {FILENAME})"
+    )
+
+
+def _join_locked(argv: Sequence[str]) -> list[str]:
+    """Give a bare ``--locked`` its file, so that the source after it is not taken for one."""
+    words = list(argv)
+    for index, word in enumerate(words):
+        if word == "--locked" and not "".join(words[index + 1 : index + 2]).endswith(".lock"):
+            words[index] = f"--locked={FILENAME}"
+    return words
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        print(f"fastload {fastload.__version__}")
+        parser.exit()
+
+
+def _sources(args: argparse.Namespace) -> list[tuple[str, str | None]]:
+    from .lock import Lock
+
+    if not args.source and args.locked is None:
+        args.parser.error("the following arguments are required: SOURCE (or --locked)")
+    if args.source:
+        return [(source, args.revision) for source in args.source]
+    return [(m.source, m.revision) for m in Lock.read(args.locked).manifests]
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    return {"files": args.files, "mirrors": args.mirror, "settings": _overrides(args), "lock": args.locked}
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    return {**dict(args.set), **({"cache_dir": args.cache_dir} if args.cache_dir else {})}
+
+
+# -- rendering ------------------------------------------------------------------------------------------------------
+
+
+def _progress(args: argparse.Namespace, source: str) -> Any:
+    from .builtin.progress import shown
+
+    return shown(source, quiet=args.quiet)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from .plugins import resolve_settings
+
+    return resolve_settings(_overrides(args))
+
+
+def _value(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+
+
+def _red(line: str) -> str:
+    terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
+    return f"\x1b[31m{line}\x1b[0m" if terminal and not os.environ.get("NO_COLOR") else line
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _draws() -> bool:
+    try:
+        "░▒▓█└─┘".encode(sys.__stdout__.encoding if sys.__stdout__ else "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,197 @@
+"""The engine: one transfer, from the name of a model to verified files.
+
+Two promises, tested: nothing unverified is ever visible in the cache under a final name; and whatever ends a transfer,
+the bytes that landed are kept for the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .cache import RepoCache
+from .delivery import Delivery
+from .download import Download
+from .errors import CacheError, FastloadError, OfflineError, SourceError, to_record
+from .events import Events
+from .fetch import Fetcher
+from .http import HttpClient
+from .plan import Selection, select
+from .pools import Pools
+from .resolve import Resolved, absent_files, read_token, resolve
+from .retry import Sleep
+from .settings import Settings
+from .types import Manifest, Request
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Engine:
+    """Runs one transfer in the running event loop. All its tasks live in one TaskGroup.
+
+    Args:
+        emit: Takes each message (see :mod:`fastload.transfer`), in the loop's thread.
+        pm: The plugin manager, for sources and mirrors.
+        sleep: Awaited between tries and looks; injected by tests.
+    """
+
+    def __init__(self, settings: Settings, emit: Emit, pm: Any, *, sleep: Sleep = asyncio.sleep) -> None:
+        self.settings = settings
+        self._emit = emit
+        self._pm = pm
+        self._sleep = sleep
+        self.events = Events([lambda event: emit({"kind": "event", "event": event.to_record()})])
+        self._published: list[tuple[Download, Path]] = []
+
+    async def run(self, request: Request, *, settle: bool = False) -> None:
+        """Deliver what *request* names; messages tell what happens.
+
+        Args:
+            settle: Also make the files safe from a power cut, which nobody needs to wait for: everything is told
+                before.
+
+        Raises:
+            FastloadError: Why it failed; also emitted as the last message.
+        """
+        async with Pools() as pools:
+            try:
+                try:
+                    await self._run(request, pools)
+                except BaseExceptionGroup as group:
+                    raise _first(group) from None
+            except FastloadError as e:
+                self._emit({"kind": "failed", "error": to_record(e)})
+                raise
+            if settle:
+                for download, path in self._published:
+                    await pools.off(download.sync, path)
+
+    async def _run(self, request: Request, pools: Pools) -> None:
+        token = await pools.off(read_token, self.settings)
+        endpoint = request.locked.endpoint if request.locked else self.settings.endpoint
+        async with HttpClient(self.settings, endpoint, token) as http:
+            with self.events.span("resolve.finished") as data:
+                resolved = await resolve(
+                    request, self.settings, http, self._pm, pools, token=token is not None, sleep=self._sleep
+                )
+                manifest = resolved.manifest
+                selection = select(manifest, request.patterns, everything=request.everything, options=request.options)
+                data.update(commit=manifest.commit, files=len(selection.files), requests=http.requests)
+                data["bytes"] = sum(f.size for f in selection.files)
+            received = 0
+            if resolved.cache is None:
+                self._deliver_local(manifest, selection)
+            else:
+                fetcher = Fetcher(
+                    self.settings,
+                    http,
+                    resolved.bases,
+                    manifest,
+                    self.events,
+                    sleep=self._sleep,
+                    token=token is not None,
+                )
+                await self._deliver(resolved, resolved.cache, selection, fetcher, pools)
+                received = fetcher.received_bytes
+            self.events.emit("transfer.finished", bytes=received, requests=http.requests)
+        self._emit({"kind": "finished"})
+
+    def _tell_manifest(self, manifest: Manifest, selection: Selection, folder: Path) -> None:
+        self._emit(
+            {
+                "kind": "manifest",
+                "source": manifest.source,
+                "revision": manifest.revision,
+                "commit": manifest.commit,
+                "endpoint": manifest.endpoint,
+                "path": str(folder),
+                "weights": list(selection.weights),
+                "files": [
+                    {"path": f.path, "size": f.size, "digest": str(f.digest) if f.digest else ""}
+                    for f in selection.files
+                ],
+            }
+        )
+
+    def _deliver_local(self, manifest: Manifest, selection: Selection) -> None:
+        """The files are on this machine, outside any cache: nothing travels, and nobody knows their digests."""
+        folder = manifest.local or Path()
+        self._tell_manifest(manifest, selection, folder)
+        for file in selection.files:
+            self.events.emit("file.planned", file=file.path, bytes=file.size, state="cached")
+            self._emit({"kind": "ready", "file": file.path, "final": str(folder / file.path)})
+
+    async def _deliver(
+        self, resolved: Resolved, cache: RepoCache, selection: Selection, fetcher: Fetcher, pools: Pools
+    ) -> None:
+        manifest = resolved.manifest
+        self._tell_manifest(manifest, selection, cache.snapshot_path(manifest.commit))
+        downloads = _by_blob(manifest, selection, cache)
+        delivery = Delivery(
+            self.settings, self._emit, self.events, fetcher, pools, self._sleep, offline=resolved.offline
+        )
+        if resolved.offline:
+            await pools.off(_refuse_missing, downloads)
+            await delivery.run(downloads)
+            return
+        writable = await pools.off(_prepare, cache, downloads)
+        if writable and resolved.complete:
+            await pools.off(cache.write_tree, manifest)
+            await cache.write_no_exist(manifest.commit, absent_files(manifest))
+        await delivery.run(downloads)
+        self._published = delivery.published
+        if writable:  # last: a ref to a snapshot that is not there counts as damage
+            await cache.write_ref(manifest.revision, manifest.commit)
+
+
+def _by_blob(manifest: Manifest, selection: Selection, cache: RepoCache) -> list[Download]:
+    """One download for each content, whatever number of paths shows it."""
+    downloads: dict[str, Download] = {}
+    for file in selection.files:
+        if file.digest is None:
+            raise SourceError(
+                f"{manifest.source}: the hub names no digest of {file.path}: nobody could tell whether its bytes are right",
+                hint="use a hub that does, or a fastload.lock",
+            )
+        if str(file.digest) not in downloads:
+            downloads[str(file.digest)] = Download(file, file.digest, cache, manifest.commit)
+        downloads[str(file.digest)].paths.append(file.path)
+    return list(downloads.values())
+
+
+def _prepare(cache: RepoCache, downloads: list[Download]) -> bool:
+    """Make the cache's folders; a cache that cannot be written will do if it holds everything already."""
+    try:
+        cache.prepare()
+    except CacheError:
+        if any(d.find() is None for d in downloads):
+            raise
+        return False
+    return True
+
+
+def _refuse_missing(downloads: list[Download]) -> None:
+    """Offline, say at once and completely what the cache lacks."""
+    missing = [d.paths[0] for d in downloads if d.find() is None]
+    if missing:
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise OfflineError(
+            f"{len(missing)} of {len(downloads)} files are not in the cache ({names}),"
+            " and the network is off or the hub out of reach",
+            hint="run `fastload prefetch` while online; HF_HUB_OFFLINE turns the network off",
+        )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that a user should see of those that ended a TaskGroup: ours first, then bugs."""
+    leaves: list[BaseException] = []
+    queue: list[BaseException] = [group]
+    while queue:
+        error = queue.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            queue.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    return next((e for e in leaves if isinstance(e, FastloadError)), leaves[0])

@@ -1,0 +1,168 @@
+"""Fetching: one range, or one whole file, from whichever mirror can, until it is there or hopeless."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from .answers import check_etag
+from .download import Download
+from .errors import AllMirrorsFailedError, Attempt, DownloadError, MirrorError, MirrorStatusError
+from .events import Events
+from .http import HttpClient, RangeIgnored
+from .mirrors import Mirrors
+from .refusals import refusal
+from .retry import Retrying, Sleep
+from .settings import Settings
+from .sink import Fill
+from .types import ByteRange, Manifest
+
+
+class Fetcher:
+    """Chooses mirrors, retries, keeps count. Use from one event loop.
+
+    Attributes:
+        received_bytes: Bytes of file content that travelled, retries and failures included.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        http: HttpClient,
+        bases: tuple[str, ...],
+        manifest: Manifest,
+        events: Events,
+        *,
+        sleep: Sleep,
+        token: bool,
+    ) -> None:
+        self._settings = settings
+        self._http = http
+        self._manifest = manifest
+        self._events = events
+        self._sleep = sleep
+        self._token = token
+        self.mirrors = Mirrors(bases, events.clock)
+        self.received_bytes = 0
+
+    def _url(self, download: Download, base: str) -> str:
+        return download.file.url or base + download.file.url_path
+
+    async def range(self, download: Download, span: ByteRange, fill: Fill) -> None:
+        """Fill *fill* with *span*; what a failed try brought is kept for the next.
+
+        Raises:
+            RangeIgnored: Every mirror sends whole files only: use :meth:`whole`.
+            DownloadError: No mirror could; or SourceError where the hub itself refused.
+        """
+
+        async def once(base: str) -> None:
+            started_s = self._events.clock()
+            before = fill.filled_bytes
+            url = self._url(download, base)
+            try:
+                await self._http.fetch(url, span, fill, size=download.size, check=self._checker(download, base))
+            except RangeIgnored:
+                download.ignores_ranges.add(base)
+                if set(self.mirrors.urls) <= download.ignores_ranges or download.only is not None:
+                    raise
+                raise MirrorError(f"{base}: sends whole files only", mirror=base) from None
+            finally:
+                came = fill.filled_bytes - before
+                self.received_bytes += came
+                if came:
+                    download.contributed.add(base)
+            self.mirrors.delivered(base, came, self._events.clock() - started_s)
+
+        await self._tried(download, span, once, lambda: fill.filled_bytes)
+
+    async def whole(self, download: Download, take: Callable[[AsyncIterator[bytes]], object]) -> None:
+        """Hand the file's bytes, from the first on, to *take*; from the start again after each failure.
+
+        Args:
+            take: ``async def take(chunks) -> None``; raises MirrorError when there are too few or too many.
+        """
+        furthest = 0
+
+        async def counted(base: str) -> AsyncIterator[bytes]:
+            nonlocal furthest
+            position = 0
+            async for data in self._http.stream(self._url(download, base), check=self._checker(download, base)):
+                position += len(data)
+                furthest = max(furthest, position)
+                self.received_bytes += len(data)
+                download.contributed.add(base)
+                yield data
+
+        async def once(base: str) -> None:
+            started_s = self._events.clock()
+            await take(counted(base))  # type: ignore[misc]
+            self.mirrors.delivered(base, download.size, self._events.clock() - started_s)
+
+        await self._tried(download, ByteRange(0, download.size), once, lambda: furthest)
+
+    def _checker(self, download: Download, base: str) -> Callable[[object], None]:
+        # The origin's digests are the manifest's; only a mirror can be found out before its bytes travel.
+        if base == self.mirrors.urls[0]:
+            return lambda headers: None
+        return lambda headers: check_etag(headers, download.digest, base)  # type: ignore[arg-type]
+
+    async def _tried(
+        self, download: Download, span: ByteRange, once: Callable[[str], object], position: Callable[[], int]
+    ) -> None:
+        retrying = Retrying(
+            self._settings,
+            sleep=self._sleep,
+            elsewhere=lambda: download.only is None and self.mirrors.rested(retrying.tries.avoid),
+        )
+        tries = retrying.tries
+
+        async def attempt() -> None:
+            if tries.avoid >= set(self.mirrors.urls):
+                tries.avoid.clear()
+            base = self.mirrors.pick(avoid=tries.avoid | download.ignores_ranges, only=download.only)
+            started_s, before = self._events.clock(), position()
+            self.mirrors.started(base)
+            try:
+                await once(base)  # type: ignore[misc]
+            except MirrorError as e:
+                tries.note(
+                    Attempt(base, self._events.clock() - started_s, _reason(e, base)), progress=position() > before
+                )
+                tries.avoid.add(base)
+                self.mirrors.failed(base, getattr(e, "retry_after_s", None))
+                if not e.retryable and download.only is None and not tries.avoid >= set(self.mirrors.urls):
+                    e.retryable = True  # hopeless there, but not everywhere
+                raise
+            finally:
+                self.mirrors.ended(base)
+
+        def retried(error: MirrorError, wait_s: float) -> None:
+            self._events.emit(
+                "range.retried", file=download.paths[0], start=span.start, stop=span.stop,
+                mirror=error.mirror, reason=error.message, wait_s=wait_s,
+            )  # fmt: skip
+
+        try:
+            await retrying.run(attempt, retried=retried)
+        except MirrorError as e:
+            raise self._final(download, span, e, tries.attempts) from e
+
+    def _final(self, download: Download, span: ByteRange, error: MirrorError, attempts: list[Attempt]) -> Exception:
+        path = download.paths[0]
+        if isinstance(error, MirrorStatusError) and not error.retryable and len(self.mirrors.urls) == 1:
+            refused = refusal(error, self._manifest.source, self._manifest.revision, token=self._token, file=path)
+            if refused is not None:
+                return refused
+        total_s = sum(a.seconds for a in attempts)
+        kind = AllMirrorsFailedError if len(self.mirrors.urls) > 1 else DownloadError
+        return kind(
+            f"{path} {span}: {len(attempts)} attempts at {len(self.mirrors.urls)} mirror(s) failed in {total_s:.1f} s",
+            file=path,
+            span=(span.start, span.stop),
+            attempts=tuple(attempts[-10:]),
+            hint=error.hint or "what has landed is kept: load again to go on from there",
+        )
+
+
+def _reason(error: MirrorError, base: str) -> str:
+    return error.message.removeprefix(f"{error.mirror}: ").removeprefix(f"{base}: ")

@@ -1,0 +1,311 @@
+"""The public calls: load, load_tensors, stream, prefetch, start, and their asyncio twins.
+
+The sync ones run the engine in a child process (``prefetch``: in a thread) and build in the caller's thread; the twins run
+it in the caller's event loop and build in a worker thread. Everything else is shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from . import running as transfers
+from .asking import Asked, LockLike, SettingsLike, ask
+from .events import Observer
+from .inloop import in_loop, in_thread
+from .listing import list_files
+from .loading import Loading
+from .running import Running
+from .tensors import AsyncTensorStream, TensorStream
+from .types import Manifest, Snapshot
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve(source: str, *, revision: str | None = None, settings: SettingsLike = None) -> Manifest:
+    """Return the list of all files of *source* with sizes and digests: one metadata request, nothing is fetched."""
+    return list_files(ask(source, revision=revision, settings=settings))
+
+
+# -- sync -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _loading(asked: Asked) -> Iterator[Loading]:
+    """Join the transfer that ``start`` began for this, or begin one in a child process; end it with the block."""
+    running = transfers.join(asked) or Running(asked, process=True)
+    loading = Loading(asked, running.transfer)
+    try:
+        with loading:
+            yield loading
+    finally:
+        running.cancel()
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    framework: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+    **options: Any,
+) -> Any:
+    """Return the framework's object for *source*, as its ``from_pretrained`` gives it, built while the bytes arrive.
+
+    Works in any thread, with or without a running event loop; blocks until everything delivered is verified.
+
+    Args:
+        source: ``org/name``, ``org/name@revision``, ``hf://org/name``, a folder, or what a plugin resolves.
+        revision: Branch, tag or commit.
+        device: Where weights go.
+        dtype: As the framework's ``from_pretrained`` takes it.
+        framework: ``"transformers"`` or a plugin's; ``None``: the files decide.
+        files: Shell patterns of the files to fetch, instead of those that the framework reads.
+        mirrors: Further base URLs with the Hub's paths; they need no trust.
+        settings: Overrides by name, or a whole :class:`fastload.Settings`.
+        observers: Called with every :class:`fastload.Event` of this load.
+        lock: A ``fastload.lock``: its files are accepted and nothing else, without a metadata request.
+        options: All further keyword arguments of the framework's ``from_pretrained``; ``auto_class=`` overrides the class.
+
+    Raises:
+        FastloadError: See :mod:`fastload.errors`; what has landed is kept.
+    """
+    asked = ask(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        options=options,
+    )  # fmt: skip
+    with _loading(asked) as loading:
+        return loading.build(framework, device, dtype, options)
+
+
+def load_tensors(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> dict[str, torch.Tensor]:
+    """Return all tensors of *source*'s weight files by name.
+
+    On the CPU, without ``dtype``, they are views of private (copy-on-write) mappings of the cached files: writing to one
+    changes neither the file nor another tensor. Arguments and errors as :func:`load`.
+    """
+    asked = ask(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    )
+    with _loading(asked) as loading:
+        return loading.tensors(device, dtype)
+
+
+@contextmanager
+def stream(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> Iterator[TensorStream]:
+    """Give *source*'s tensors under ``safe_open``'s names, each as soon as its bytes landed.
+
+    Leaving the block without an exception waits until every file that tensors were taken from is verified, and raises if
+    one is not; files that were not touched are given up. Arguments and errors as :func:`load`.
+
+    Raises:
+        IntegrityError: Tensors that were handed out did not match the digest: throw them away.
+    """
+    asked = ask(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    )
+    with _loading(asked) as loading, loading.stream(device, dtype) as tensors:
+        yield tensors
+
+
+def prefetch(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> Snapshot:
+    """Fetch *source* into the cache, verified and safe from a power cut; needs no torch.
+
+    Args:
+        files: Shell patterns; ``None``: everything that the repository holds. All else as :func:`load`.
+    """
+    asked = ask(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        everything=True,
+    )  # fmt: skip
+    running = Running(asked, process=False, settle=True)
+    try:
+        with Loading(asked, running.transfer) as loading:
+            loading.transfer.wait(lambda: loading.transfer.finished)
+            running.join()
+            loading.transfer.check()
+            return loading.transfer.wait_manifest()
+    finally:
+        running.cancel()
+
+
+def start(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+    **options: Any,
+) -> Running:
+    """Begin to fetch what a later :func:`load` of *source* will need; returns at once.
+
+    A process without torch does it, so that imports and everything else go on beside it. A later ``load``,
+    ``load_tensors`` or ``stream`` with the same source, revision, files and settings joins it; so does, through the cache, any
+    other process.
+
+    Args:
+        options: Those of ``load``'s that choose files matter: variant, subfolder, use_safetensors.
+    """
+    return transfers.begin(
+        ask(
+            source,
+            revision=revision,
+            files=files,
+            mirrors=mirrors,
+            settings=settings,
+            observers=observers,
+            lock=lock,
+            options=options,
+        )
+    )
+
+
+# -- asyncio --------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _aloading(asked: Asked, *, settle: bool = False) -> AsyncIterator[Loading]:
+    """As :func:`_loading`, with the engine in the running loop."""
+    running = transfers.join(asked)
+    if running is not None:
+        try:
+            with Loading(asked, running.transfer) as loading:
+                yield loading
+        finally:
+            await asyncio.shield(asyncio.to_thread(running.cancel))
+    else:
+        async with in_loop(asked, settle=settle) as transfer:
+            with Loading(asked, transfer) as loading:
+                yield loading
+
+
+async def aload(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    framework: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+    **options: Any,
+) -> Any:
+    """As :func:`load`, in the running event loop; the framework builds in a worker thread."""
+    asked = await asyncio.to_thread(
+        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        options=options,
+    )  # fmt: skip
+    async with _aloading(asked) as loading:
+        return await in_thread(loading.transfer, loading.build, framework, device, dtype, options)
+
+
+async def aload_tensors(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> dict[str, torch.Tensor]:
+    """As :func:`load_tensors`, in the running event loop."""
+    asked = await asyncio.to_thread(
+        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    )
+    async with _aloading(asked) as loading:
+        return await in_thread(loading.transfer, loading.tensors, device, dtype)
+
+
+@asynccontextmanager
+async def astream(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    dtype: Any = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> AsyncIterator[AsyncTensorStream]:
+    """As :func:`stream`, in the running event loop: ``async with``, ``async for``, ``await weights.get_tensor(name)``."""
+    asked = await asyncio.to_thread(
+        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    )
+    async with _aloading(asked) as loading:
+        tensors = AsyncTensorStream(loading.open_stream(device, dtype))
+        try:
+            yield tensors
+            await in_thread(loading.transfer, loading.verify_delivered)
+        finally:
+            tensors.close()
+
+
+async def aprefetch(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    files: str | Sequence[str] | None = None,
+    mirrors: Sequence[str] | None = None,
+    settings: SettingsLike = None,
+    observers: Iterable[Observer] = (),
+    lock: LockLike = None,
+) -> Snapshot:
+    """As :func:`prefetch`, in the running event loop."""
+    asked = await asyncio.to_thread(
+        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        everything=True,
+    )  # fmt: skip
+    async with _aloading(asked, settle=True) as loading:
+        return await in_thread(loading.transfer, loading.snapshot)

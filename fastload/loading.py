@@ -1,0 +1,155 @@
+"""One load, from its transfer to what the caller gets: the part that sync and asyncio calls share. Blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .asking import Asked
+from .errors import UnsupportedSourceError
+from .plugins import call_hook
+from .profile import Profile
+from .profile import begin as begin_profile
+from .tensors import TensorStream
+from .transfer import Transfer
+from .types import Snapshot
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Loading:
+    """One load over one transfer. A context manager: tells observers how the load began and ended.
+
+    Attributes:
+        profile: Of this load; collected by every open ``fastload.profile()`` block.
+    """
+
+    def __init__(self, asked: Asked, transfer: Transfer) -> None:
+        self._asked = asked
+        self.transfer = transfer
+        self.profile: Profile = begin_profile(asked.request.source)
+        self._observers = (self.profile.observe, *asked.observers)
+
+    def __enter__(self) -> Loading:
+        events = self.transfer.events
+        for observer in self._observers:
+            events.add(observer)
+        self._started_s = events.clock()
+        events.emit("load.started", source=self._asked.request.source)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        events = self.transfer.events
+        seconds = events.clock() - self._started_s
+        if error is None:
+            events.emit("load.finished", seconds=seconds)
+        else:
+            events.emit("load.failed", seconds=seconds, error=type(error).__name__, message=str(error))
+        for observer in self._observers:
+            events.remove(observer)
+
+    def snapshot(self) -> Snapshot:
+        """Return the snapshot once every file of it is verified."""
+        self.transfer.wait_files()
+        return self.transfer.wait_manifest()
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def open_stream(self, device: Any, dtype: Any) -> TensorStream:
+        """Return a stream over the weights, with this load's profile."""
+        stream = TensorStream(self.transfer, self._asked.pm, device=device, dtype=dtype)
+        stream.profile = self.profile
+        return stream
+
+    @contextmanager
+    def stream(self, device: Any, dtype: Any) -> Iterator[TensorStream]:
+        """Give a stream; leaving the block without an exception verifies what was delivered."""
+        stream = self.open_stream(device, dtype)
+        try:
+            yield stream
+            self.verify_delivered()
+        finally:
+            stream.close()
+
+    def verify_delivered(self) -> None:
+        """Wait until every file that tensors were taken from is verified.
+
+        Raises:
+            IntegrityError: What was handed out is not what the file holds now.
+        """
+        self.transfer.wait_verified(p for p, view in tuple(self.transfer.files.items()) if view.delivered)
+
+    # -- whole results -----------------------------------------------------------------------------------------------
+
+    def tensors(self, device: Any, dtype: Any) -> dict[str, torch.Tensor]:
+        """Return all tensors, verified."""
+
+        def collect() -> dict[str, torch.Tensor]:
+            stream = self.open_stream(device, dtype)
+            try:
+                return dict(iter(stream))
+            finally:
+                stream.close()
+
+        collected: dict[str, torch.Tensor] = self._verified(collect)
+        return collected
+
+    def build(self, framework: str | None, device: Any, dtype: Any, options: Mapping[str, Any]) -> Any:
+        """Return what the framework's plugin builds, everything under it verified."""
+
+        def build() -> Any:
+            snapshot = self.transfer.wait_manifest()
+            self.transfer.wait_files(p for p in self.transfer.files if p not in set(self.transfer.weights))
+            stream = self.open_stream(device, dtype)
+            self.transfer.events.emit("build.started", framework=framework)
+            try:
+                with self.transfer.events.span("build.finished", framework=framework):
+                    return call_hook(
+                        self._asked.pm,
+                        "fastload_build_model",
+                        framework=framework,
+                        snapshot=snapshot,
+                        stream=stream,
+                        options={**options, "device": device, "dtype": dtype},
+                    )
+            finally:
+                stream.close()
+
+        built = self._verified(build)
+        if built is None:
+            raise UnsupportedSourceError(
+                f"no plugin builds {self._asked.request.source}"
+                + (f" with framework={framework!r}" if framework else ""),
+                hint="fastload.load_tensors gives the tensors of any model; `fastload plugins` lists what is installed",
+            )
+        return built
+
+    def _verified(self, make: Any) -> Any:
+        """Return what *make* returns, once all files are verified; make it again if some had been wrong meanwhile."""
+        while True:
+            try:
+                made = make()
+            except Exception:  # the framework may choke on wrong bytes before their digest is known
+                self.transfer.check()
+                if not self._wait_and_refresh():
+                    raise
+                continue
+            self.transfer.wait_files()
+            if not self._wait_and_refresh():
+                self.transfer.wait(lambda: self.transfer.finished)
+                return made
+
+    def _wait_and_refresh(self) -> bool:
+        """If a file was started over under its readers, wait for it, forget what was read, and return True."""
+        changed = [path for path, view in tuple(self.transfer.files.items()) if view.changed()]
+        if not changed:
+            return False
+        self.transfer.wait_files(changed)
+        for path in changed:
+            self.transfer.files[path].close()
+        return True

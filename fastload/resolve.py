@@ -1,0 +1,193 @@
+"""From the name of a model to the list of its files: lock, source or, out of reach of both, the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from .cache import RepoCache
+from .errors import (
+    Attempt,
+    DownloadError,
+    MirrorError,
+    MirrorStatusError,
+    OfflineError,
+    SourceError,
+    UnsupportedSourceError,
+)
+from .events import log
+from .http import HttpClient
+from .plugins import call_hook
+from .pools import Pools
+from .refusals import refusal
+from .retry import Retrying, Sleep
+from .settings import Settings
+from .types import Manifest, Request, Source
+
+#: Files that frameworks look for and most models lack. That the manifest lacks them is worth a marker in the cache: an
+#: unchanged from_pretrained then asks nobody (specified by what transformers 5 and diffusers 0.42 were seen to ask for).
+_OFTEN_ABSENT = (
+    "adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
+    "custom_generate/generate.py", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+    "preprocessor_config.json", "processor_config.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a request stands for.
+
+    Attributes:
+        bases: Base URLs to fetch from, the origin first.
+        cache: Where the files go; ``None`` for a local folder.
+        offline: Nothing may travel: what the cache lacks cannot be had.
+        complete: The manifest is all of the commit; a lock may hold less.
+    """
+
+    manifest: Manifest
+    bases: tuple[str, ...]
+    cache: RepoCache | None
+    offline: bool = False
+    complete: bool = True
+
+
+def read_token(settings: Settings) -> str | None:
+    """Return the token that was set, or the one that `hf auth login` stored. Blocks on the disk."""
+    if settings.token is not None:
+        return settings.token
+    try:
+        return settings.token_path.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def absent_files(manifest: Manifest) -> list[str]:
+    """Return the files that frameworks often look for and that this manifest lacks."""
+    there = {f.path for f in manifest.files}
+    return [path for path in _OFTEN_ABSENT if path not in there]
+
+
+def find_source(request: Request, settings: Settings, pm: Any) -> Source:
+    """Ask the plugins what *request* names.
+
+    Raises:
+        UnsupportedSourceError: None of them knows.
+    """
+    source: Source | None = call_hook(
+        pm, "fastload_source", uri=request.source, revision=request.revision, settings=settings
+    )
+    if source is None:
+        raise UnsupportedSourceError(
+            f"no plugin knows the source {request.source!r}",
+            hint="a source is org/name, org/name@revision, hf://org/name or an existing folder; plugins may know more",
+        )
+    return source
+
+
+async def resolve(
+    request: Request, settings: Settings, http: HttpClient, pm: Any, pools: Pools, *, token: bool, sleep: Sleep
+) -> Resolved:
+    """Find out which files at which commit *request* means.
+
+    Raises:
+        SourceError: The hub does not have it, or does not let us have it.
+        OfflineError: The network is off or the hub out of reach, and the cache does not know it.
+        DownloadError: The hub answered, but not with a listing.
+    """
+    source = await pools.off(find_source, request, settings, pm)
+    offline = settings.offline
+    if request.locked is not None:
+        manifest = request.locked
+    elif offline:
+        manifest = await pools.off(_from_cache, source, settings, None)
+    else:
+        metadata = _Metadata(http, settings, source, token=token, sleep=sleep)
+        try:
+            manifest = await source.files(metadata, settings)
+        except (MirrorError, DownloadError) as e:
+            if isinstance(e, MirrorStatusError) and e.status < 500 and e.status != 429:
+                raise
+            manifest = await pools.off(_from_cache, source, settings, e)
+            offline = True
+            log.warning("%s: the hub is out of reach, using the cache (%s)", source.name, e.message)
+    manifest = _checked(manifest)
+    if manifest.local is not None:
+        return Resolved(manifest, (), None)
+    offered = [u for urls in call_hook(pm, "fastload_mirrors", source=source, settings=settings) if urls for u in urls]
+    bases = tuple(dict.fromkeys(u.rstrip("/") for u in (manifest.endpoint, *offered)))
+    cache = RepoCache(settings.cache_dir, manifest.source, symlinks=settings.symlinks)
+    return Resolved(manifest, bases, cache, offline, complete=request.locked is None)
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """Refuse paths that would leave the snapshot, and files that nobody can verify."""
+    seen = set()
+    for file in manifest.files:
+        parts = PurePosixPath(file.path).parts
+        bad = not parts or file.path.startswith("/") or ".." in parts or "\\" in file.path or "\0" in file.path
+        if bad or file.path in seen or file.size < 0:
+            raise SourceError(
+                f"{manifest.source} lists {file.path!r} ({file.size} bytes), which no honest repository holds",
+                hint="the hub or mirror is broken or hostile; do not use it",
+            )
+        seen.add(file.path)
+    return manifest
+
+
+def _from_cache(source: Source, settings: Settings, error: DownloadError | None) -> Manifest:
+    cache = RepoCache(settings.cache_dir, source.name, symlinks=settings.symlinks)
+    commit = cache.read_ref(source.revision)
+    manifest = cache.read_tree(source.name, commit, source.revision, source.endpoint) if commit else None
+    if manifest is not None:
+        return manifest
+    why = "the network is off (HF_HUB_OFFLINE)" if error is None else f"the hub is out of reach: {error.message}"
+    raise OfflineError(
+        f"{source.name} at {source.revision} is not in the cache at {settings.cache_dir}, and {why}",
+        hint="run `fastload prefetch` while online"
+        if error is None
+        else "check the network, HF_ENDPOINT and proxies, and try again",
+    ) from error
+
+
+class _Metadata:
+    """The Http of :mod:`fastload.types`: metadata requests with retries, whose refusals are the user's errors."""
+
+    def __init__(self, http: HttpClient, settings: Settings, source: Source, *, token: bool, sleep: Sleep) -> None:
+        self._http = http
+        self._settings = replace(
+            settings, attempts=min(settings.attempts, 5)
+        )  # guessed: about 5 s, then the cache serves
+        self._source = source
+        self._token = token
+        self._sleep = sleep
+
+    async def _retried(self, operation: Any, file: str | None = None) -> Any:
+        retrying = Retrying(self._settings, sleep=self._sleep)
+
+        async def attempt() -> Any:
+            try:
+                return await operation()
+            except MirrorError as e:
+                retrying.tries.note(Attempt(e.mirror, 0.0, e.message), progress=False)
+                raise
+
+        try:
+            return await retrying.run(attempt)
+        except MirrorStatusError as e:
+            refused = refusal(e, self._source.name, self._source.revision, token=self._token, file=file)
+            raise (refused or e) from e
+
+    async def get_json(self, url: str) -> tuple[Any, Mapping[str, str]]:
+        """GET *url* with retries."""
+        result: tuple[Any, Mapping[str, str]] = await self._retried(lambda: self._http.get_json(url))
+        return result
+
+    async def head(self, url: str) -> Mapping[str, str]:
+        """HEAD *url* with retries."""
+        result: Mapping[str, str] = await self._retried(
+            lambda: self._http.head(url), file=url.rpartition("/resolve/")[2]
+        )
+        return result

@@ -1,0 +1,257 @@
+"""The ``safe_open`` router: unchanged programs read files that still arrive.
+
+While routes exist, the name ``safe_open`` of the safetensors package is bound to :class:`safe_open` below in every
+module that holds it. For a file with a route it returns a handle that waits for bytes; for all others it is the real
+one. When the last route goes, every module gets the real one back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .device import parse_device, to_device
+from .weightfile import TensorSlice, WeightFile
+
+if TYPE_CHECKING:
+    import torch
+
+#: Device and inode: what a file is, whatever path leads to it.
+Inode = tuple[int, int]
+
+#: Specified (safetensors): its names of PyTorch.
+_TORCH = ("pt", "torch", "pytorch")
+
+
+class _Routes:
+    """Which files are routed, and the real ``safe_open`` while it is replaced. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.files: dict[Inode, list[WeightFile]] = {}
+        self.real: Any = None
+
+    def find(self, filename: Any) -> WeightFile | None:
+        if not self.files:
+            return None
+        try:
+            stat = os.stat(filename)
+        except (OSError, TypeError, ValueError):
+            return None  # the real one has its own words for it
+        with self.lock:
+            found = self.files.get((stat.st_dev, stat.st_ino))
+            return found[-1] if found else None
+
+
+_routes = _Routes()
+
+
+@contextmanager
+def routed(table: Mapping[Inode, WeightFile]) -> Iterator[None]:
+    """Serve the files of *table* through ``safe_open``, in all threads, for the length of the block.
+
+    Blocks may overlap, also for the same file: the newest route wins. Whoever routes a file keeps it open, so that its
+    inode means nothing else meanwhile.
+    """
+    with _routes.lock:
+        if not _routes.files:
+            _install()
+        for inode, file in table.items():
+            _routes.files.setdefault(inode, []).append(file)
+    try:
+        yield
+    finally:
+        with _routes.lock:
+            for inode, file in table.items():
+                routes = _routes.files[inode]
+                routes.remove(file)
+                if not routes:
+                    del _routes.files[inode]
+            if not _routes.files:
+                _rebind(safe_open, _routes.real)
+
+
+def _install() -> None:
+    import safetensors
+
+    if _routes.real is None:
+        _routes.real = safetensors.safe_open
+    _rebind(_routes.real, safe_open)
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Bind every global name of every module that is bound to *old* to *new*; safetensors' own first."""
+    first = [sys.modules.get("safetensors")]
+    for module in [*first, *list(sys.modules.values())]:
+        try:
+            # Not getattr: modules that load their parts on demand must not be woken.
+            names = object.__getattribute__(module, "__dict__")
+        except AttributeError:
+            continue
+        if type(names) is not dict or names.get("__name__") == __name__:
+            continue
+        for name, value in list(names.items()):
+            if value is old:
+                names[name] = new
+
+
+class _Routing(type):
+    """Keeps ``isinstance(handle, safe_open)`` true for both kinds of handles."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Handle) or (_routes.real is not None and isinstance(instance, _routes.real))
+
+
+class safe_open(metaclass=_Routing):
+    """Stands in for ``safetensors.safe_open`` while files arrive."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a streaming handle for a file that arrives, for every other one what the real one returns."""
+        filename = args[0] if args else kwargs.get("filename")
+        file = _routes.find(filename)
+        if file is None:
+            return _routes.real(*args, **kwargs)
+        framework = args[1] if len(args) > 1 else kwargs.get("framework")
+        if framework in _TORCH and not file.view.ready:
+            return Handle(file, *args, **kwargs)
+        final = file.wait_verified()
+        if args:
+            return _routes.real(final, *args[1:], **kwargs)
+        return _routes.real(**{**kwargs, "filename": final})
+
+
+class Handle:
+    """What ``safe_open`` returns for a file that arrives: the real one's methods, which wait for their bytes.
+
+    Arguments that only choose how the real one reads (``backend`` …) are accepted and change nothing.
+    """
+
+    def __init__(self, file: WeightFile, filename: Any, framework: str, device: Any = "cpu", **_how: Any) -> None:
+        self._file: WeightFile | None = file
+        self._device = parse_device(device)
+
+    def __enter__(self) -> Handle:
+        """Return the handle."""
+        self._opened()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Close the handle; slices and tensors that it gave stay usable."""
+        self._file = None
+
+    def _opened(self) -> WeightFile:
+        if self._file is None:
+            raise _safetensor_error("File is closed")
+        return self._file
+
+    def _holding(self, name: str) -> WeightFile:
+        file = self._opened()
+        if name not in file.tensors():
+            raise _safetensor_error(f"File does not contain tensor {name}")
+        return file
+
+    def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self._device)
+
+    def keys(self) -> list[str]:
+        """Return the names, sorted, as the real one does."""
+        return sorted(self._opened().tensors())
+
+    def offset_keys(self) -> list[str]:
+        """Return the names in the order of their bytes."""
+        return list(self._opened().tensors())
+
+    def metadata(self) -> dict[str, str] | None:
+        """Return the free-form part of the header, or ``None``."""
+        return self._opened().metadata() or None
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """Return a stand-in for tensor *name* that waits when it is indexed."""
+        return TensorSlice(self._holding(name), name, self._finish)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Return tensor *name* once it has landed."""
+        return self._finish(self._holding(name).tensor(name))
+
+    def get_tensors(self) -> ArrivingTensors:
+        """Return all tensors: the names at once, each tensor when it is asked for and has landed."""
+        file = self._opened()
+        return ArrivingTensors({name: TensorSlice(file, name, self._finish) for name in file.tensors()})
+
+
+class ArrivingTensors(dict[str, Any]):
+    """A dict of tensors whose values wait until they have landed; its order is that of the bytes."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, TensorSlice):
+            value = value[...]
+            self[name] = value
+        return value
+
+    # Defined so that dict(x), {**x} and the like take keys() and [], not the values that wait inside.
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the tensor, or *default*."""
+        if name not in self:
+            return default
+        return self[name]
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Return the tensor; *default*, now stored, where there is none."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Remove the tensor and return it, or *default*."""
+        if name in self:
+            self[name]
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove the last tensor and return its name and it."""
+        name = next(reversed(self))
+        return name, self.pop(name)
+
+    def items(self) -> Any:
+        """Return a view of names and tensors; iterating waits tensor by tensor."""
+        return ItemsView(self)
+
+    def values(self) -> Any:
+        """Return a view of the tensors; iterating waits tensor by tensor."""
+        return ValuesView(self)
+
+    def copy(self) -> dict[str, Any]:
+        """Return a plain dict; waits for all."""
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+    def __eq__(self, other: object) -> bool:
+        return dict(self) == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors that may still be arriving>"
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def _safetensor_error(message: str) -> Exception:
+    """Return the error that the real handle raises, for programs that catch it."""
+    from safetensors import SafetensorError
+
+    return SafetensorError(message)

@@ -1,0 +1,86 @@
+"""A folder from which unchanged ``from_pretrained`` code can load while the weights still arrive."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from .errors import CacheError, FastloadError
+from .router import Inode, routed
+from .transfer import Transfer
+from .types import Snapshot
+from .weightfile import WeightFile
+
+#: Guessed: descriptors from here on are seldom taken, so that the same link in another process leads nowhere.
+_FIRST_FD = 900
+
+
+@contextmanager
+def served(transfer: Transfer, weights: Mapping[str, WeightFile]) -> Iterator[Path]:
+    """Yield the snapshot itself where it is complete, else a temporary folder that looks like it.
+
+    In that folder every file is a link: to the verified file, or, for a safetensors file in flight, to a descriptor of
+    this process, which ``safe_open`` knows for the length of the block. All other files are waited for first.
+
+    Raises:
+        CacheError: The temporary folder cannot be made.
+        FastloadError: The transfer failed.
+    """
+    snapshot = transfer.wait_manifest()
+    streamed = [path for path in weights if path.endswith(".safetensors")]
+    transfer.wait_files(path for path in transfer.files if path not in set(streamed))
+    if all(transfer.files[path].ready for path in streamed):
+        yield snapshot.path
+        return
+    with ExitStack() as stack:
+        try:
+            root = Path(tempfile.mkdtemp(prefix="fastload-"))
+            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            folder = root / folder_name(snapshot)
+            table: dict[Inode, WeightFile] = {}
+            for path, view in transfer.files.items():
+                link = folder / path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if view.ready or path not in streamed:
+                    link.symlink_to(os.path.abspath(snapshot.path / path))
+                else:
+                    table[_place(weights[path], link, stack)] = weights[path]
+        except FastloadError:
+            raise
+        except OSError as e:
+            raise CacheError(f"cannot make a temporary folder to load from: {e}", hint="set TMPDIR") from e
+        stack.enter_context(routed(table))
+        yield folder
+
+
+def folder_name(snapshot: Snapshot) -> str:
+    """Return the end of *snapshot*'s path in a Hugging Face cache, where frameworks look for the commit."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", snapshot.source.strip("/"))
+    return f"models--{name}/snapshots/{snapshot.commit}"
+
+
+def _place(file: WeightFile, link: Path, stack: ExitStack) -> Inode:
+    """Put something at *link* that stands for *file*, and return what it is."""
+    if file.view.known:
+        fd = _duplicate(file.view.open())
+        stack.callback(os.close, fd)
+        link.symlink_to(f"/proc/self/fd/{fd}")
+    else:  # nothing has landed yet: zeros, so that a reader who goes round safe_open fails
+        fd = os.open(link, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, file.view.size)
+    stat = os.fstat(fd)
+    return stat.st_dev, stat.st_ino
+
+
+def _duplicate(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+    except OSError:  # the limit on descriptors is lower, or few are left up there
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

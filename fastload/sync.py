@@ -1,0 +1,74 @@
+"""The engine for callers without an event loop: in a loop of its own, in a thread that lives as long as the transfer.
+
+Works from any thread, under a running loop, in notebooks and after a fork, because it never touches the caller's loop and
+keeps nothing between two transfers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from .engine import Engine
+from .errors import FastloadError
+from .settings import Settings
+from .transfer import Transfer
+from .types import Request
+
+
+class InThread:
+    """Runs one transfer in a thread; the same face as :class:`fastload.worker.Child`."""
+
+    def __init__(
+        self, request: Request, settings: Settings, transfer: Transfer, pm: Any, *, settle: bool = False
+    ) -> None:
+        self._request = request
+        self._settings = settings
+        self._transfer = transfer
+        self._pm = pm
+        self._settle = settle
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopped = False
+        # A daemon, so that a program that ends without closing its transfer is not kept from ending.
+        self._thread = threading.Thread(target=self._main, name="fastload-loop", daemon=True)
+        self._thread.start()
+
+    def _main(self) -> None:
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            try:
+                runner.run(self._run())
+            except FastloadError:
+                pass  # told as a message
+            except asyncio.CancelledError:
+                self._transfer.fail(FastloadError("the transfer was stopped"))
+            except BaseException as e:  # a defect of ours must end the readers' waits too
+                self._transfer.fail(
+                    FastloadError(f"the transfer ended with {type(e).__name__}: {e}", hint="please report this")
+                )
+                raise
+            finally:
+                with self._lock:
+                    self._loop = None
+
+    async def _run(self) -> None:
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+            self._task = asyncio.current_task()
+            if self._stopped:
+                raise asyncio.CancelledError
+        await Engine(self._settings, self._transfer.apply, self._pm).run(self._request, settle=self._settle)
+
+    def join(self) -> None:
+        """Wait until the transfer, and what it does after the last message, has ended."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated."""
+        with self._lock:
+            self._stopped = True
+            if self._loop is not None and self._task is not None:
+                self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()

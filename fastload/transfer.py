@@ -1,0 +1,285 @@
+"""A transfer as the program sees it: files that are there, files that are arriving, and how it ended.
+
+The engine tells what it does in messages (plain data). In process they are applied as they are; the transfer process
+writes them to its pipe and the program applies what it reads. So every reader works on the same object, wherever the
+engine runs, and for a file that yet another process fetches.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheError, FastloadError, IntegrityError, from_record
+from .events import Event, Events
+from .journal import Journal
+from .types import ByteRange, Digest, Snapshot
+
+
+class FileView:
+    """One file of a transfer, complete or arriving. Thread-safe; owns a descriptor and, once asked, a private mapping.
+
+    Attributes:
+        path: Relative to the snapshot.
+        size: In bytes.
+        ready: Verified and under its final name.
+        generation: How often the file was started over; tensors of an older generation are worthless.
+    """
+
+    def __init__(self, transfer: Transfer, path: str, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.ready = False
+        self.error: FastloadError | None = None
+        self.generation = 0
+        self._transfer = transfer
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._journal: Journal | None = None
+        self._places: tuple[str, str | None] | None = None
+        self._mapping: mmap.mmap | None = None
+        self._final: str | None = None
+        self.waited: Callable[[ByteRange], None] = lambda span: None
+
+    # -- told by messages --------------------------------------------------------------------------------------------
+
+    def arriving(self, data: str, journal: str) -> None:
+        """The bytes land in the file *data*, and *journal* says which."""
+        self._places = (data, journal)
+
+    def done(self, final: str) -> None:
+        """The file is verified and stands at *final*."""
+        with self._lock:
+            self._final = final
+            self.ready = True
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to open yet."""
+        return self.ready or self._places is not None or self.error is not None
+
+    def open(self) -> int:
+        """Return a descriptor of the data, which stays the view's; waits until there is a file."""
+        self._transfer.wait(lambda: self.known)
+        if self.error is not None:
+            raise self.error
+        with self._lock:
+            while self._fd < 0:
+                try:
+                    if self.ready and self._final is not None:
+                        self._fd = os.open(self._final, os.O_RDONLY | os.O_CLOEXEC)
+                    elif self._places is not None and self._places[1] is not None:
+                        # The journal first: if the owner publishes in between, its state says so for ever.
+                        journal = Journal.open(self._places[1])
+                        try:
+                            self._fd = os.open(self._places[0], os.O_RDONLY | os.O_CLOEXEC)
+                        except BaseException:
+                            journal.close()
+                            raise
+                        self._journal = journal
+                        self.generation = journal.generation
+                except FileNotFoundError as e:
+                    if self.ready:
+                        raise CacheError(f"{self.path} vanished from the cache: {e}") from e
+                    self._lock.release()  # published this moment: the message is on its way
+                    try:
+                        self._transfer.wait(lambda: self.ready or self.error is not None)
+                    finally:
+                        self._lock.acquire()
+                    if self.error is not None:
+                        raise self.error from None
+            return self._fd
+
+    def wait(self, span: ByteRange) -> None:
+        """Block until *span* has landed (verified or not); asks the owner to fetch it next.
+
+        Raises:
+            FastloadError: The transfer, or this file, failed.
+        """
+        self.open()
+        journal = self._journal
+        if journal is None or self.ready or journal.has(span):
+            return
+        clock = self._transfer.events.clock
+        started_s = clock()
+        journal.demand(span.start)
+        journal.wait(lambda: self.ready or journal.has(span), interrupted=self._check)
+        self._transfer.events.emit(
+            "build.waited", file=self.path, seconds=clock() - started_s, start=span.start, stop=span.stop
+        )
+
+    def _check(self) -> None:
+        self._transfer.check()
+        if self.error is not None:
+            raise self.error
+
+    def read(self, span: ByteRange) -> bytes:
+        """Return the bytes of *span* once they have landed, the hidden first 8 included."""
+        span = ByteRange(span.start, min(span.stop, self.size))
+        self.wait(span)
+        data = bytearray(os.pread(self.open(), len(span), span.start))
+        journal = self._journal
+        head = journal.head if journal is not None and not self.ready else None
+        if head is not None and span.start < 8:
+            part = head[span.start : span.stop]
+            data[: len(part)] = part
+        return bytes(data)
+
+    def mapping(self) -> memoryview:
+        """Return the file as private (copy-on-write), writable memory; the view keeps it mapped.
+
+        Pages show bytes only after :meth:`wait` returned for them. Whoever keeps a slice keeps the mapping: closing it
+        under living slices is refused by the interpreter.
+        """
+        fd = self.open()
+        with self._lock:
+            if self._mapping is None:
+                self._mapping = mmap.mmap(fd, self.size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            return memoryview(self._mapping)
+
+    def changed(self) -> bool:
+        """Tell whether bytes that were readable before have been thrown away since: the digest did not match."""
+        return self._journal is not None and self._journal.generation != self.generation
+
+    @property
+    def delivered(self) -> bool:
+        """Whether somebody may hold bytes of it."""
+        return self._mapping is not None
+
+    def close(self) -> None:
+        """Give descriptor and journal back. Tensors on the mapping stay valid."""
+        with self._lock:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal = None
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            self._mapping = None
+
+
+class Transfer:
+    """What one transfer has told so far. Thread-safe; readers block on it, messages wake them.
+
+    Attributes:
+        snapshot: Set with the manifest.
+        files: By path, every file that this transfer delivers.
+        weights: Paths of the weight files among them, in the order of delivery.
+        error: Why it ended early.
+    """
+
+    def __init__(self, events: Events | None = None) -> None:
+        self.events = events or Events()
+        self.snapshot: Snapshot | None = None
+        self.endpoint = ""
+        self.files: dict[str, FileView] = {}
+        self.weights: tuple[str, ...] = ()
+        self.digests: dict[str, Digest | None] = {}
+        self.error: FastloadError | None = None
+        self.finished = False
+        self._changed = threading.Condition()
+        self._callbacks: list[Callable[[], None]] = []
+
+    def apply(self, message: dict[str, Any]) -> None:
+        """Take in one message of the engine."""
+        kind = message["kind"]
+        if kind == "event":
+            self.events.pass_on(Event.from_record(message["event"]))
+            return
+        with self._changed:
+            if kind == "manifest":
+                self._take_manifest(message)
+            elif kind == "arriving":
+                self.files[message["file"]].arriving(message["data"], message["journal"])
+            elif kind == "ready":
+                self.files[message["file"]].done(message["final"])
+            elif kind == "refused":
+                self.files[message["file"]].error = from_record(message["error"])
+            elif kind == "failed":
+                self.error = self.error or from_record(message["error"])
+            elif kind == "finished":
+                self.finished = True
+            self._wake()
+
+    def _take_manifest(self, message: dict[str, Any]) -> None:
+        for record in message["files"]:
+            path = record["path"]
+            if path not in self.files:
+                self.files[path] = FileView(self, path, record["size"])
+                self.digests[path] = Digest.parse(record["digest"]) if record["digest"] else None
+        self.weights = tuple(message["weights"])
+        self.endpoint = message["endpoint"]
+        self.snapshot = Snapshot(
+            path=Path(message["path"]),
+            source=message["source"],
+            revision=message["revision"],
+            commit=message["commit"],
+            files=tuple(sorted(self.files)),
+        )
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        for callback in tuple(self._callbacks):
+            callback()
+
+    def fail(self, error: FastloadError) -> None:
+        """End every wait, here and in all views, with *error*. The first error stays."""
+        with self._changed:
+            if self.error is None and not self.finished:
+                self.error = error
+            self._wake()
+
+    def check(self) -> None:
+        """Raise if the transfer has failed."""
+        if self.error is not None:
+            raise self.error
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Block this thread until ``ready()``; raise if the transfer fails first."""
+        with self._changed:
+            while not ready():
+                self.check()
+                self._changed.wait()
+
+    def wait_manifest(self) -> Snapshot:
+        """Block until the files are known; return the snapshot."""
+        self.wait(lambda: self.snapshot is not None)
+        if self.snapshot is None:
+            raise FastloadError("the transfer ended without a manifest")
+        return self.snapshot
+
+    def wait_files(self, paths: Iterable[str] | None = None) -> None:
+        """Block until *paths* (default: every file) are verified and under their final names."""
+        self.wait_manifest()
+        for path in tuple(self.files) if paths is None else paths:
+            view = self.files[path]
+            self.wait(lambda view=view: view.ready or view.error is not None)  # type: ignore[misc]
+            if view.error is not None:
+                raise view.error
+
+    def wait_verified(self, paths: Iterable[str] | None = None) -> None:
+        """As :meth:`wait_files`, and raise if a file that somebody may have read was started over meanwhile.
+
+        Raises:
+            IntegrityError: What was handed out before is not what the file holds now.
+        """
+        chosen = tuple(self.files) if paths is None else tuple(paths)
+        self.wait_files(chosen)
+        for path in chosen:
+            if self.files[path].changed():
+                raise IntegrityError(
+                    f"{path}: bytes that were handed out did not match the digest and have been fetched anew",
+                    file=path,
+                    hint="load again: the cache now holds the verified file",
+                )
+
+    def close(self) -> None:
+        """Close all views."""
+        for view in self.files.values():
+            view.close()
