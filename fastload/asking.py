@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import NotFoundError
@@ -17,6 +17,8 @@ from .types import Manifest, Request
 SettingsLike = Settings | Mapping[str, Any] | None
 LockLike = str | os.PathLike[str] | Lock | None
 
+#: Keyword arguments of ``from_pretrained`` that say here what a setting says.
+_AS_SETTINGS = {"token": "token", "cache_dir": "cache_dir", "local_files_only": "offline"}
 #: Those of the framework's keyword arguments that choose files.
 _CHOOSING = ("variant", "subfolder", "use_safetensors")
 
@@ -27,12 +29,14 @@ class Asked:
 
     Attributes:
         pm: The plugin manager.
+        options: The framework's keyword arguments, without those that say here what a setting says.
     """
 
     request: Request
     settings: Settings
     pm: Any
     observers: tuple[Observer, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -71,7 +75,10 @@ def ask(
         SettingsError: A setting is wrong.
         NotFoundError: The lock does not hold the source.
     """
-    resolved = resolve_settings(settings, mirrors=tuple(mirrors) if mirrors is not None else None)
+    options = dict(options or {})
+    resolved = resolve_settings(
+        settings, mirrors=tuple(mirrors) if mirrors is not None else None, **_taken_as_settings(options)
+    )
     pm = manager(resolved)
     uri = os.fspath(source)
     request = Request(
@@ -79,10 +86,18 @@ def ask(
         revision=revision,
         patterns=(files,) if isinstance(files, str) else None if files is None else tuple(files),
         everything=everything,
-        options={name: options[name] for name in _CHOOSING if options and options.get(name) is not None},
+        options={name: options[name] for name in _CHOOSING if options.get(name) is not None},
         locked=None if lock is None else _locked(lock, uri, revision, resolved, pm),
     )
-    return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)))
+    return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)), options)
+
+
+def _taken_as_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of *options* what code that was written for ``from_pretrained`` passes and a setting says here."""
+    taken = {setting: options.pop(name) for name, setting in _AS_SETTINGS.items() if name in options}
+    if isinstance(taken.get("token"), bool):  # True: the one that is stored; False: none
+        taken["token"] = None if taken["token"] else ""
+    return taken
 
 
 def _plugin_observers(uri: str, settings: Settings, pm: Any) -> list[Observer]:

@@ -223,7 +223,7 @@ class Delivery:
 
     async def _fetch_range(self, download: Download, span: ByteRange, slot: Slot, group: asyncio.TaskGroup) -> None:
         fill = Fill(slot.view[: len(span)])
-        generation, started_s = download.generation, self._events.clock()
+        generation = download.generation
         try:
             await self._fetcher.range(download, span, fill)
         except RangeIgnored:
@@ -236,10 +236,6 @@ class Delivery:
             await asyncio.shield(self._land(download, span.start, span, fill.filled_bytes, generation, slot))
             raise
         else:
-            self._events.emit(
-                "range.landed", file=download.paths[0], seconds=self._events.clock() - started_s,
-                start=span.start, stop=span.stop,
-            )  # fmt: skip
             # The connection takes the next range while this one is written.
             group.create_task(self._land(download, span.start, span, fill.filled_bytes, generation, slot))
 
@@ -282,7 +278,10 @@ class Delivery:
             return
         slot = await self._ring.acquire()
         slot.view[: len(data)] = data
-        self._events.emit("range.landed", file=download.paths[0], start=span.start, stop=span.stop)
+        mirror = min(download.contributed, default="")
+        self._events.emit(
+            "range.landed", file=download.paths[0], start=span.start, stop=span.stop, mirror=mirror, attempts=1
+        )
         await self._land(download, span.start, span, len(data), download.generation, slot)
 
     async def _fetch_small(self, download: Download, slot: Slot) -> None:
@@ -291,17 +290,10 @@ class Delivery:
         try:
             while True:
                 fill = Fill(slot.view[: download.size])
-                started_s = self._events.clock()
                 await self._fetch_small_bytes(download, span, fill)
-                self._events.emit(
-                    "range.landed",
-                    file=download.paths[0],
-                    seconds=self._events.clock() - started_s,
-                    start=0,
-                    stop=download.size,
-                )
                 hasher = Hasher(download.digest, download.size)
-                await self._pools.off_hash(hasher.update, fill.view)
+                with self._events.span("verify.advanced", file=download.paths[0], bytes=download.size):
+                    await self._pools.off_hash(hasher.update, fill.view)
                 if hasher.matches():
                     break
                 self._suspect(download, hasher.actual)

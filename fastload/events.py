@@ -33,7 +33,8 @@ class Event:
     ``load.finished``       everything is delivered and verified; data: seconds since load.started
     ``load.failed``         data: error (type name), message
     ``resolve.finished``    the manifest is there; data: commit, files, bytes, requests
-    ``file.planned``        a file will be delivered; data: bytes, state (cached, partial, missing)
+    ``file.planned``        a file will be delivered; data: bytes, state (cached, missing, elsewhere: another process
+                            fetches it); once more with state partial and the bytes that an earlier run left
     ``range.landed``        a range is in the file; data: start, stop, mirror, attempts
     ``range.retried``       one attempt failed; data: start, stop, mirror, reason, wait_s
     ``write.finished``      a range was written to disk; data: bytes

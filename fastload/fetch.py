@@ -48,7 +48,7 @@ class Fetcher:
         return download.file.url or base + download.file.url_path
 
     async def range(self, download: Download, span: ByteRange, fill: Fill) -> None:
-        """Fill *fill* with *span*; what a failed try brought is kept for the next.
+        """Fill *fill* with *span*; what a failed try brought is kept for the next. Tells ``range.landed``.
 
         Raises:
             RangeIgnored: Every mirror sends whole files only: use :meth:`whole`.
@@ -73,7 +73,12 @@ class Fetcher:
                     download.contributed.add(base)
             self.mirrors.delivered(base, came, self._events.clock() - started_s)
 
-        await self._tried(download, span, once, lambda: fill.filled_bytes)
+        began_s = self._events.clock()
+        base, attempts = await self._tried(download, span, once, lambda: fill.filled_bytes)
+        self._events.emit(
+            "range.landed", file=download.paths[0], seconds=self._events.clock() - began_s,
+            start=span.start, stop=span.stop, mirror=base, attempts=attempts,
+        )  # fmt: skip
 
     async def whole(self, download: Download, take: Callable[[AsyncIterator[bytes]], object]) -> None:
         """Hand the file's bytes, from the first on, to *take*; from the start again after each failure.
@@ -108,7 +113,8 @@ class Fetcher:
 
     async def _tried(
         self, download: Download, span: ByteRange, once: Callable[[str], object], position: Callable[[], int]
-    ) -> None:
+    ) -> tuple[str, int]:
+        """Try *once* until it succeeds; return the mirror that did it and the number of attempts."""
         retrying = Retrying(
             self._settings,
             sleep=self._sleep,
@@ -116,7 +122,7 @@ class Fetcher:
         )
         tries = retrying.tries
 
-        async def attempt() -> None:
+        async def attempt() -> str:
             if tries.avoid >= set(self.mirrors.urls):
                 tries.avoid.clear()
             base = self.mirrors.pick(avoid=tries.avoid | download.ignores_ranges, only=download.only)
@@ -135,15 +141,16 @@ class Fetcher:
                 raise
             finally:
                 self.mirrors.ended(base)
+            return base
 
         def retried(error: MirrorError, wait_s: float) -> None:
             self._events.emit(
-                "range.retried", file=download.paths[0], start=span.start, stop=span.stop,
-                mirror=error.mirror, reason=error.message, wait_s=wait_s,
+                "range.retried", file=download.paths[0], seconds=tries.attempts[-1].seconds,
+                start=span.start, stop=span.stop, mirror=error.mirror, reason=error.message, wait_s=wait_s,
             )  # fmt: skip
 
         try:
-            await retrying.run(attempt, retried=retried)
+            return await retrying.run(attempt, retried=retried), len(tries.attempts) + 1
         except MirrorError as e:
             raise self._final(download, span, e, tries.attempts) from e
 

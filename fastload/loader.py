@@ -75,7 +75,8 @@ def load(
         settings: Overrides by name, or a whole :class:`fastload.Settings`.
         observers: Called with every :class:`fastload.Event` of this load.
         lock: A ``fastload.lock``: its files are accepted and nothing else, without a metadata request.
-        options: All further keyword arguments of the framework's ``from_pretrained``; ``auto_class=`` overrides the class.
+        options: All further keyword arguments of the framework's ``from_pretrained``; ``auto_class=`` overrides the class;
+            ``token``, ``cache_dir`` and ``local_files_only`` are taken as settings.
 
     Raises:
         FastloadError: See :mod:`fastload.errors`; what has landed is kept.
@@ -85,7 +86,7 @@ def load(
         options=options,
     )  # fmt: skip
     with _loading(asked) as loading:
-        return loading.build(framework, device, dtype, options)
+        return loading.build(framework, device, dtype, asked.options)
 
 
 def load_tensors(
@@ -243,7 +244,7 @@ async def aload(
         options=options,
     )  # fmt: skip
     async with _aloading(asked) as loading:
-        return await in_thread(loading.transfer, loading.build, framework, device, dtype, options)
+        return await in_thread(loading.transfer, loading.build, framework, device, dtype, asked.options)
 
 
 async def aload_tensors(

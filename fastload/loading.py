@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .asking import Asked
 from .errors import UnsupportedSourceError
+from .events import Events
 from .plugins import call_hook
 from .profile import Profile
 from .profile import begin as begin_profile
@@ -31,27 +32,24 @@ class Loading:
         self._asked = asked
         self.transfer = transfer
         self.profile: Profile = begin_profile(asked.request.source)
-        self._observers = (self.profile.observe, *asked.observers)
+        # Other loads may share the transfer: what is told of this one goes to its own observers only.
+        self._events = Events((self.profile.observe, *asked.observers), transfer.events.clock)
 
     def __enter__(self) -> Loading:
-        events = self.transfer.events
-        for observer in self._observers:
-            events.add(observer)
-        self._started_s = events.clock()
-        events.emit("load.started", source=self._asked.request.source)
+        self.transfer.events.add(self._events.pass_on)
+        self._started_s = self._events.clock()
+        self._events.emit("load.started", source=self._asked.request.source)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        events = self.transfer.events
-        seconds = events.clock() - self._started_s
+        seconds = self._events.clock() - self._started_s
+        self.transfer.events.remove(self._events.pass_on)
         if error is None:
-            events.emit("load.finished", seconds=seconds)
+            self._events.emit("load.finished", seconds=seconds)
         else:
-            events.emit("load.failed", seconds=seconds, error=type(error).__name__, message=str(error))
-        for observer in self._observers:
-            events.remove(observer)
+            self._events.emit("load.failed", seconds=seconds, error=type(error).__name__, message=str(error))
 
     def snapshot(self) -> Snapshot:
         """Return the snapshot once every file of it is verified."""
@@ -106,9 +104,9 @@ class Loading:
             snapshot = self.transfer.wait_manifest()
             self.transfer.wait_files(p for p in self.transfer.files if p not in set(self.transfer.weights))
             stream = self.open_stream(device, dtype)
-            self.transfer.events.emit("build.started", framework=framework)
+            self._events.emit("build.started", framework=framework)
             try:
-                with self.transfer.events.span("build.finished", framework=framework):
+                with self._events.span("build.finished", framework=framework):
                     return call_hook(
                         self._asked.pm,
                         "fastload_build_model",

@@ -37,7 +37,7 @@ class Settings:
     )
     endpoint: str = _setting("https://huggingface.co", "base URL of the hub", "FASTLOAD_ENDPOINT", "HF_ENDPOINT")
     token: str | None = _setting(
-        None, "access token; else the token file", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", secret=True
+        None, "access token; else the token file; empty: none", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", secret=True
     )
     token_path: Path = _setting(Path("~/.cache/huggingface/token"), "file that holds the token", "HF_TOKEN_PATH")
     offline: bool = _setting(
@@ -277,7 +277,7 @@ def _convert(f: Any, value: Any, origin: str) -> Any:
         "tuple[str, ...]": lambda: tuple(_url(u, f.name, origin) for u in _listed(value)),
         "tuple[str, ...] | None": lambda: _listed(value),
         "str": lambda: _url(value, f.name, origin),
-        "str | None": lambda: str(value).strip() or None,
+        "str | None": lambda: str(value).strip() or ("" if value == "" else None),
     }
     result = converters[kind]()
     low = f.metadata["low"]

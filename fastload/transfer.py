@@ -19,6 +19,9 @@ from .events import Event, Events
 from .journal import Journal
 from .types import ByteRange, Digest, Snapshot
 
+#: Guessed: a wish that got lost costs a reader this long.
+_DEMAND_AGAIN_S = 0.25
+
 
 class FileView:
     """One file of a transfer, complete or arriving. Thread-safe; owns a descriptor and, once asked, a private mapping.
@@ -108,8 +111,16 @@ class FileView:
             return
         clock = self._transfer.events.clock
         started_s = clock()
-        journal.demand(span.start)
-        journal.wait(lambda: self.ready or journal.has(span), interrupted=self._check)
+        asked_s = float("-inf")
+
+        def interrupted() -> None:
+            nonlocal asked_s
+            self._check()
+            if clock() - asked_s > _DEMAND_AGAIN_S:  # two processes may have raced for one place in the table
+                asked_s = clock()
+                journal.demand(span.start)
+
+        journal.wait(lambda: self.ready or journal.has(span), interrupted=interrupted)
         self._transfer.events.emit(
             "build.waited", file=self.path, seconds=clock() - started_s, start=span.start, stop=span.stop
         )

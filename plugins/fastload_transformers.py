@@ -19,11 +19,8 @@ from fastload.types import ByteRange, Snapshot
 
 #: What from_pretrained takes and fastload decides, and what to say instead.
 _DECIDED = {
-    "cache_dir": 'settings={"cache_dir": …}',
     "force_download": "fastload never loads a file whose digest does not match; delete the cached one if you must",
-    "local_files_only": 'settings={"offline": True}',
     "proxies": "set HTTPS_PROXY",
-    "token": 'settings={"token": …}, or HF_TOKEN',
 }
 
 #: One build at a time: while transformers builds a model it changes what torch does in the whole process.

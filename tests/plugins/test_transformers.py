@@ -361,7 +361,7 @@ def test_damaged_config_is_named(builder: Builder, tmp_path: Path, content: str)
         builder.build(builder.arrive(folder))
 
 
-@pytest.mark.parametrize("name", ["token", "cache_dir", "force_download", "local_files_only"])
+@pytest.mark.parametrize("name", ["force_download", "proxies"])
 def test_options_that_fastload_decides_are_refused(zoo: Any, builder: Builder, name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}=") as caught:
         builder.build(builder.arrive(zoo("llama")), **{name: "x"})
