@@ -25,6 +25,7 @@ from fastload.testing import Request, Served, spawn
 from tests.testbed.real import NAME, PACKAGE, make_minilm
 
 REPO = f"sentence-transformers/{NAME}"
+ROOT = Path(__file__).resolve().parents[1]
 #: Guessed: what one connection to a CDN gets from a rented machine.
 RATE_BYTES_PER_S = 20e6
 _FOREIGN = ("HF_", "FASTLOAD_", "HUGGING", "TRANSFORMERS_")
@@ -77,7 +78,7 @@ def run(program: str, hub: Served, folder: Path) -> dict[str, Any]:
     environ = _environ({"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)})
     command = [sys.executable, "-m", "benchmarks.demo_program", program, REPO, str(result)]
     spawned_s = time.monotonic()
-    subprocess.run(command, check=True, env=environ)
+    subprocess.run(command, check=True, cwd=ROOT, env=environ)
     record: dict[str, Any] = json.loads(result.read_text())
     requests = [r for r in hub.requests if r.started_s < record["ready_s"]]
     record["requests"] = len(requests)
@@ -157,8 +158,6 @@ def judge(plain: dict[str, Any], fast: dict[str, Any]) -> int:
     print(f"OK: {count} and the embedding are bit for bit the same; fastload was ready {speedup:.2f} times as fast,")
     print("    and its bytes are verified (from_pretrained compares sizes only).")
     return 0
-
-
 
 
 if __name__ == "__main__":

@@ -39,9 +39,13 @@ def fastload(repo: str) -> tuple[Any, dict[str, Any]]:
 
     started_s: list[float] = []
     with fastload.profile() as p:
-        model = fastload.load(repo, observers=[lambda e: started_s.append(e.at_s) if e.name == "load.started" else None])
+        model = fastload.load(
+            repo, observers=[lambda e: started_s.append(e.at_s) if e.name == "load.started" else None]
+        )
     profile = p.loads[0]
-    phases = {phase.name: [(a + started_s[0], b + started_s[0]) for a, b in phase.intervals] for phase in profile.phases}
+    phases = {
+        phase.name: [(a + started_s[0], b + started_s[0]) for a, b in phase.intervals] for phase in profile.phases
+    }
     return model, {"phases": phases, "profile": profile.to_record()}
 
 

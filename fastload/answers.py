@@ -29,7 +29,7 @@ def length(headers: Mapping[str, str]) -> int | None:
     if "Transfer-Encoding" in headers:
         return None
     text = headers.get("Content-Length", "")
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def other_size(url: str, actual: object, expected: int) -> RangeError:
@@ -66,7 +66,9 @@ def check_etag(headers: Mapping[str, str], digest: Digest | None, mirror: str) -
     except ValueError:
         return
     if named.algorithm == digest.algorithm and named != digest:
-        raise MirrorError(f"{mirror}: has another version of the file (etag {named.value[:12]}…)", mirror=mirror)
+        raise MirrorError(
+            f"{mirror}: has another version of the file (etag {named.value[:12]}…)", mirror=mirror, retryable=False
+        )
 
 
 def status_error(status: int, reason: str | None, headers: Mapping[str, str], url: str) -> MirrorStatusError:

@@ -20,7 +20,7 @@ LockLike = str | os.PathLike[str] | Lock | None
 #: Keyword arguments of ``from_pretrained`` that say here what a setting says.
 _AS_SETTINGS = {"token": "token", "cache_dir": "cache_dir", "local_files_only": "offline"}
 #: Those of the framework's keyword arguments that choose files.
-_CHOOSING = ("variant", "subfolder", "use_safetensors")
+_CHOOSING = ("variant", "subfolder", "use_safetensors", "use_onnx", "gguf_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,16 @@ class Asked:
     @property
     def key(self) -> tuple[Any, ...]:
         """What two calls must share so that one transfer serves both."""
+        return self._key(self.request.options)
+
+    @property
+    def key_of_more(self) -> tuple[Any, ...]:
+        """The key of a transfer that serves this call too: of one that brings all components of a pipeline."""
+        return self._key({k: v for k, v in self.request.options.items() if k != "components"})
+
+    def _key(self, choosing: Mapping[str, Any]) -> tuple[Any, ...]:
         r, s = self.request, self.settings
-        options = tuple(sorted((k, str(v)) for k, v in r.options.items()))
+        options = tuple(sorted((k, str(v)) for k, v in choosing.items()))
         return (
             os.getpid(),
             r.source,
@@ -62,7 +70,7 @@ def ask(
     *,
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -77,7 +85,7 @@ def ask(
     """
     options = dict(options or {})
     resolved = resolve_settings(
-        settings, mirrors=tuple(mirrors) if mirrors is not None else None, **_taken_as_settings(options)
+        settings, mirrors=(mirrors,) if isinstance(mirrors, str) else mirrors, **_taken_as_settings(options)
     )
     pm = manager(resolved)
     uri = os.fspath(source)
@@ -86,7 +94,7 @@ def ask(
         revision=revision,
         patterns=(files,) if isinstance(files, str) else None if files is None else tuple(files),
         everything=everything,
-        options={name: options[name] for name in _CHOOSING if options.get(name) is not None},
+        options={name: options[name] for name in _CHOOSING if options.get(name) is not None} | _components(options),
         locked=None if lock is None else _locked(lock, uri, revision, resolved, pm),
     )
     return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)), options)
@@ -98,6 +106,12 @@ def _taken_as_settings(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(taken.get("token"), bool):  # True: the one that is stored; False: none
         taken["token"] = None if taken["token"] else ""
     return taken
+
+
+def _components(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what may be components of a pipeline that the caller brings (or does without): no weights travel for them."""
+    names = sorted(k for k, v in options.items() if k not in _CHOOSING and (v is None or hasattr(v, "from_pretrained")))
+    return {"components": names} if names else {}
 
 
 def _plugin_observers(uri: str, settings: Settings, pm: Any) -> list[Observer]:

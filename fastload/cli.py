@@ -2,6 +2,7 @@
 
 stdout carries the result and nothing else (one JSON document with ``--json``); progress and errors go to stderr.
 Exit codes: 0 done, 1 an error of ours or an unsound file, 2 usage, 130 Ctrl-C, 141 nobody reads stdout, 143 SIGTERM.
+``exec`` and ``profile`` end as their program does; 126 and 127 if that cannot be run, as in a shell.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import fastload
 
+from . import arguments
 from .errors import FastloadError, to_record
-from .lock import FILENAME
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with _terminable():
-            args = _parser().parse_args(_join_locked(sys.argv[1:] if argv is None else argv))
+            words, command = arguments.split_command(sys.argv[1:] if argv is None else argv)
+            args = _parser().parse_args(arguments.join_locked(words))
+            args.command = command
             try:
                 with redirect_stdout(sys.stderr):  # a framework that prints must not get into the result
                     result: _Result = args.run(args)
@@ -80,6 +83,9 @@ def _terminable() -> Iterator[None]:
         raise _Terminated
 
     try:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # and so it stays, also for what `exec` starts
+            yield
+            return
         before = signal.signal(signal.SIGTERM, stop)
     except ValueError:  # not the main thread: signals are the program's own affair
         yield
@@ -104,16 +110,70 @@ def _prefetch(args: argparse.Namespace) -> _Result:
 
 
 def _load(args: argparse.Namespace) -> _Result:
-    from . import report
+    from . import profiling, report
 
     [(source, revision)] = _sources(args)
+    outputs = profiling.Outputs.of(args)
     chosen = {"device": args.device, "dtype": args.dtype, "framework": args.framework}
     given = {name: value for name, value in chosen.items() if value is not None}
-    with _progress(args, source) as observer, fastload.profile() as profiles:
-        loaded = fastload.load(source, revision=revision, observers=[observer], **given, **_common(args))
+    with (
+        _progress(args, source) as observer,
+        fastload.profile(events=outputs.needs_events, imports=True) as profiles,
+    ):
+        try:
+            loaded = fastload.load(source, revision=revision, observers=[observer], **given, **_common(args))
+        finally:  # of a load that failed most of all
+            profiling.write(profiles, outputs)
     kind = f"{type(loaded).__module__}.{type(loaded).__qualname__}"
     text = report.render(profiles, width=_columns(), ascii=not _draws())
-    return _Result({"type": kind, **profiles.to_record()}, f"{kind}\n{text}")
+    return _Result({"type": kind, **profiles.to_record()}, f"{kind}\n{text}\n{profiles.cold_start}")
+
+
+def _profile(args: argparse.Namespace) -> _Result:
+    from . import profiling
+
+    if args.command and not args.words:
+        words = profiling.command_for(args.command, profiling.Outputs.of(args))
+        try:
+            sys.stdout.flush()
+            os.execvp(words[0], words)
+        except OSError as e:
+            print(f"fastload profile: {words[0]}: {e.strerror}", file=sys.stderr)
+            return _Result({}, "", 127 if isinstance(e, FileNotFoundError) else 126)
+    if args.command or len(args.words) != 3 or args.words[0] != "compare":
+        args.parser.error("expected `-- PROGRAM …`, or `compare BEFORE.jsonl AFTER.jsonl`")
+    return _compare(*args.words[1:])
+
+
+def _compare(before: str, after: str) -> _Result:
+    from . import history, report
+
+    sides = [history.read(path) for path in (before, after)]
+    changes = history.compare(*sides)
+    rows = [
+        (c.name, *(f"{value:.2f}" for value in (*c.before, *c.after)), f"{c.delta_s:+.2f}", "moved" if c.moved else "")
+        for c in changes
+    ]
+    heading = ("seconds", "p50 before", "p90", "p50 after", "p90", "change", "")
+    counts = [sum(record["ok"] for record in side) for side in sides]
+    lines = [
+        report.table(rows, heading=heading),
+        f"loads that came to a good end: {counts[0]} before, {counts[1]} after",
+    ]
+    record = {"before": counts[0], "after": counts[1], "changes": [c.to_record() for c in changes]}
+    return _Result(record, "\n".join(lines))
+
+
+def _exec(args: argparse.Namespace) -> _Result:
+    from .launch import launch
+
+    if not args.command:
+        args.parser.error("the following arguments are required: -- COMMAND")
+    try:
+        launch(_sources(args), args.command, _common(args))
+    except OSError as e:
+        print(f"fastload exec: {args.command[0]}: {e.strerror}", file=sys.stderr)
+        return _Result({}, "", 127 if isinstance(e, FileNotFoundError) else 126)
 
 
 def _verify(args: argparse.Namespace) -> _Result:
@@ -166,85 +226,23 @@ def _show_settings(args: argparse.Namespace) -> _Result:
     return _Result({"settings": records}, report.table(rows, heading=("setting", "value", "from", "")))
 
 
-# -- arguments ------------------------------------------------------------------------------------------------------
+_COMMANDS: dict[str, Callable[[argparse.Namespace], _Result]] = {
+    "prefetch": _prefetch,
+    "load": _load,
+    "exec": _exec,
+    "profile": _profile,
+    "verify": _verify,
+    "lock": _lock,
+    "plugins": _plugins,
+    "settings": _show_settings,
+}
+
+
+# -- what the arguments say -------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fastload", description="Streams model weights, verified while they download."
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    p = _command(commands, "prefetch", _prefetch, "download into the Hugging Face cache; needs no torch")
-    _add_source(p, nargs="*", help="what to download; with --locked, everything in the lock where none is given")
-    _add_download(p)
-    p = _command(commands, "load", _load, "load a model, print where the time went, and exit")
-    _add_source(p, nargs=1)
-    _add_download(p)
-    p.add_argument("--device", help="where the weights go (default: cpu)")
-    p.add_argument("--dtype", help="of the weights, for example bfloat16")
-    p.add_argument("--framework", help="who builds it; the files decide where it is not given")
-    p = _command(commands, "verify", _verify, "hash a snapshot in the cache again; 1 if a file is corrupt or missing")
-    _add_source(p, nargs=1)
-    p = _command(commands, "lock", _lock, f"write commit, files, sizes and digests to {FILENAME}")
-    _add_source(p, nargs="+")
-    p.add_argument(
-        "-o", "--output", default=FILENAME, metavar="FILE", help="(default: %(default)s); other entries stay"
-    )
-    _command(commands, "plugins", _plugins, "list the plugins and what is wrong with those that are not in use")
-    _command(commands, "settings", _show_settings, "list the settings, where their values come from and what they do")
-    return parser
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], _Result], help: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help)
-    parser.set_defaults(run=run, parser=parser, locked=None)
-    parser.add_argument(
-        "--set", action="append", default=[], type=_pair, metavar="NAME=VALUE", help="a setting; repeatable"
-    )
-    parser.add_argument("--cache-dir", metavar="DIR", help="the Hugging Face cache")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    return parser
-
-
-def _add_source(
-    parser: argparse.ArgumentParser, nargs: str | int, help: str = "org/name, org/name@revision, …"
-) -> None:
-    parser.add_argument("source", nargs=nargs, metavar="SOURCE", help=help)
-    parser.add_argument("--revision", help="branch, tag or commit")
-
-
-def _add_download(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", action="append", metavar="GLOB", help="only files that match; repeatable")
-    parser.add_argument("--mirror", action="append", metavar="URL", help="a further base URL to fetch from; repeatable")
-    parser.add_argument(
-        "--locked", metavar="FILE", help=f"accept only what this .lock file lists (default: {FILENAME})"
-    )
-
-
-def _join_locked(argv: Sequence[str]) -> list[str]:
-    """Give a bare ``--locked`` its file, so that the source after it is not taken for one."""
-    words = list(argv)
-    for index, word in enumerate(words):
-        if word == "--locked" and not "".join(words[index + 1 : index + 2]).endswith(".lock"):
-            words[index] = f"--locked={FILENAME}"
-    return words
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print(f"fastload {fastload.__version__}")
-        parser.exit()
+    return arguments.parser(_COMMANDS)
 
 
 def _sources(args: argparse.Namespace) -> list[tuple[str, str | None]]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import DeviceError, FormatError, PluginError, SettingsError
+from .events import log
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,11 @@ DTYPES: dict[str, tuple[int, str]] = {
     "I64": (64, "int64"),
     "U64": (64, "uint64"),
 }
+
+#: Specified (torch's caching allocator): sizes are rounded up to this; up to that size, blocks come from a pool of their own.
+_ROUNDING_BYTES, _SMALL_BYTES = 512, 1 << 20
+_OOM_HINT = "a smaller dtype=, several devices (device_map=), or end what else uses the device"
+_FAILED_HINT = "after some failures a device refuses everything: if it happens again, restart the program"
 
 
 def import_torch() -> Any:
@@ -67,6 +77,12 @@ def torch_dtype(code: str) -> torch.dtype:
     return dtype
 
 
+def dtype_code(dtype: torch.dtype) -> str:
+    """Return safetensors' spelling of *dtype*; torch's own name in capitals where there is none."""
+    name = str(dtype).removeprefix("torch.")
+    return next((code for code, (_, known) in DTYPES.items() if known == name), name.upper())
+
+
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Return the dtype that a user named (``torch.bfloat16``, ``"bfloat16"``, ``"torch.bfloat16"``); ``None`` stays.
 
@@ -95,6 +111,20 @@ def parse_device(device: Any) -> torch.device:
         raise DeviceError(f"device={device!r} is not a torch device: {_first_line(e)}", hint='"cpu" or "cuda"') from e
 
 
+def fed_device(device: torch.device) -> torch.device | None:
+    """Return *device* with its index where it is fed from page-locked memory (CUDA, and ROCm, which goes by its name).
+
+    ``None`` for all others (cpu, mps, xpu, npu, meta …), which torch's own copies serve, and for one that is missing.
+    """
+    if device.type != "cuda":
+        return None
+    torch = import_torch()
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index) if index < torch.cuda.device_count() else None
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return *tensor* on *device*; itself where it is there already.
 
@@ -105,6 +135,64 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         return tensor.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # torch raises all three for a missing backend
         raise DeviceError(f"cannot copy {tensor.nbytes} bytes to {device}: {_first_line(e)}") from e
+
+
+def reserve(device: torch.device, sizes: Iterable[int]) -> None:
+    """Let torch take from *device*, in one piece, what tensors of *sizes* (bytes) need; each is carved out of it later.
+
+    Raises:
+        DeviceError: They cannot fit.
+    """
+    torch = import_torch()
+    rounded = [-(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES for size in sizes]
+    needed = sum(rounded)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > free + unused:
+        raise DeviceError(
+            f"{device} is out of memory: the tensors need {needed} bytes, {free + unused} are free", hint=_OOM_HINT
+        )
+    whole = sum(size for size in rounded if size > _SMALL_BYTES) - unused
+    if whole > 0:
+        try:
+            torch.empty(whole, dtype=torch.uint8, device=device)  # given back at once: to torch, not to the device
+        except torch.OutOfMemoryError:
+            log.debug("%s has no piece of %d bytes; tensors are allocated one by one", device, whole)
+
+
+def device_error(error: BaseException, device: torch.device | None, doing: str) -> DeviceError:
+    """Return *error*, which torch raised while *doing* something with *device*, as ours."""
+    torch = import_torch()
+    where = device or "the device"
+    if not isinstance(error, torch.OutOfMemoryError):
+        return DeviceError(f"{where} failed while {doing}: {_first_line(error)}", hint=_FAILED_HINT)
+    try:
+        free = f"{torch.cuda.mem_get_info(device)[0]} bytes are free"
+    except (RuntimeError, AssertionError):  # another kind of accelerator
+        free = _first_line(error)
+    return DeviceError(f"{where} is out of memory while {doing}; {free}", hint=_OOM_HINT)
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Raise what torch raises in the block because a device is full or failed as ours; nothing that it held lives on.
+
+    Raises:
+        DeviceError: Instead of torch's errors.
+    """
+    try:
+        yield
+    except Exception as e:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(
+            e, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", DeviceError))
+        ):
+            if isinstance(e, DeviceError):
+                traceback.clear_frames(e.__traceback__)
+            raise
+        # The frames hold half a model; whoever keeps the error would keep that.
+        traceback.clear_frames(e.__traceback__)
+        raise device_error(e, None, "the framework built the model") from e
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,6 @@ checked before the first 8 bytes are put in place; those before the file gets it
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -18,7 +17,8 @@ from pathlib import Path
 
 from .cache import RepoCache
 from .digest import Hasher
-from .errors import CacheError, FastloadError, to_record
+from .disk import translated
+from .errors import CacheError, FastloadError, MirrorError, to_record
 from .journal import BLOCK_BYTES, Journal, State
 from .plan import split
 from .types import ByteRange, Digest, RemoteFile
@@ -54,12 +54,14 @@ class Download:
 
     Attributes:
         paths: Relative paths of the snapshot; the first is the one that messages name.
-        pending: Ranges that nobody fetches yet, in file order.
+        pending: Ranges that nobody fetches yet, in the order in which they are to be fetched.
         urgent: How many of them, from the left, a reader waits for.
         contributed: Base URLs whose bytes are in the partial file.
         only: After a wrong digest: fetch from this one alone.
         ignores_ranges: Base URLs that answered with the whole file.
+        hopeless: Base URLs that will not have it, with what they said.
         streaming: Somebody reads the whole file in one request.
+        landing: How many ranges are being written.
         landed: Set when bytes have landed.
         done: Of a small file: what it is published as.
     """
@@ -75,7 +77,9 @@ class Download:
         self._suspects: list[str] | None = None
         self.only: str | None = None
         self.ignores_ranges: set[str] = set()
+        self.hopeless: dict[str, MirrorError] = {}
         self.streaming = False
+        self.landing = 0
         self.generation = 0
         self.landed = Event()
         self.done: Future[dict[str, Path]] | None = None
@@ -195,6 +199,10 @@ class Download:
                 at, left = at + count, left[count:]
         journal.mark(ByteRange(start, start + len(data)))
 
+    def has(self, span: ByteRange) -> bool:
+        """Tell whether *span* has landed."""
+        return self._open_journal().has(span)
+
     def _open_journal(self) -> Journal:
         if self.journal is None:
             raise RuntimeError(f"{self.paths[0]} is not open")
@@ -212,15 +220,19 @@ class Download:
             journal.hashed_bytes = stop
         return stop - start
 
-    def hash_file(self, path: Path) -> Digest:
-        """Hash a complete file of the cache."""
+    def hash_file(self, path: Path) -> Digest | None:
+        """Hash a complete file of the cache; return ``None`` if it is gone."""
         landing, self.hasher = self.hasher, Hasher(self.digest, self.size)
         try:
-            with translated(self.paths[0], self.size), open(path, "rb") as f:
+            with translated(self.paths[0], self.size, "read from"), open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 for start in range(0, size, _HASH_WINDOW_BYTES):
                     self._hash(f.fileno(), start, min(size, start + _HASH_WINDOW_BYTES), None)
             return self.hasher.actual
+        except CacheError as e:
+            if isinstance(e.__cause__, FileNotFoundError):
+                return None
+            raise
         finally:
             self.hasher = landing
 
@@ -263,10 +275,20 @@ class Download:
             self.journal.finish(State.FAILED, json.dumps(to_record(error)).encode())
 
     def discard(self, path: Path) -> None:
-        """Remove a complete file that is not what it should be."""
+        """Remove a complete file that is not what it should be; somebody else may do the same at this moment."""
         with translated(self.paths[0], self.size):
-            os.unlink(path)
+            path.unlink(missing_ok=True)
             self._cache.blob_path(self.digest).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what an earlier process left of a file that is complete by now, unless somebody is at it."""
+        try:
+            if self.journal_path.exists() and self._lock():
+                self._cache.discard(self.digest)
+        except CacheError:  # a cache that cannot be written: it stays
+            pass
+        finally:
+            self.unlock()
 
     # -- publishing (threads) ----------------------------------------------------------------------------------------
 
@@ -314,29 +336,3 @@ class Download:
         with translated(self.paths[0], self.size):
             self._cache.sync(path)
         self._cache.stamp(self.digest, path, synced=True)
-
-
-class translated:
-    """Turns what the file system raises about one file into a :class:`CacheError`."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self._path = path
-        self._size = size
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or isinstance(error, FastloadError):
-            return
-        hint = {
-            errno.ENOSPC: "free some space, or choose another cache_dir; what has landed is kept and will be used",
-            errno.EDQUOT: "the quota is used up; what has landed is kept and will be used",
-            errno.EACCES: "this user may not write there; choose another cache_dir (HF_HUB_CACHE)",
-            errno.EROFS: "the file system is read-only; choose another cache_dir (HF_HUB_CACHE)",
-        }.get(error.errno or 0)
-        where = f" ({error.filename})" if error.filename else ""
-        raise CacheError(
-            f"{self._path} ({self._size} bytes) cannot be written to the cache: {error.strerror or error}{where}",
-            hint=hint,
-        ) from error

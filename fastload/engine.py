@@ -7,6 +7,7 @@ the bytes that landed are kept for the next one.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,19 @@ class Engine:
         Raises:
             FastloadError: Why it failed; also emitted as the last message.
         """
+        self.events.emit("transfer.started", pid=os.getpid())
         async with Pools() as pools:
             try:
                 try:
                     await self._run(request, pools)
                 except BaseExceptionGroup as group:
                     raise _first(group) from None
+                if settle:
+                    for download, path in self._published:
+                        await pools.off(download.sync, path)
             except FastloadError as e:
                 self._emit({"kind": "failed", "error": to_record(e)})
                 raise
-            if settle:
-                for download, path in self._published:
-                    await pools.off(download.sync, path)
 
     async def _run(self, request: Request, pools: Pools) -> None:
         token = await pools.off(read_token, self.settings)
@@ -139,11 +141,12 @@ class Engine:
         writable = await pools.off(_prepare, cache, downloads)
         if writable and resolved.complete:
             await pools.off(cache.write_tree, manifest)
-            await cache.write_no_exist(manifest.commit, absent_files(manifest))
+            absent = absent_files(manifest)
+            await pools.unbroken(lambda threads: cache.write_no_exist(manifest.commit, absent, executor=threads))
         await delivery.run(downloads)
         self._published = delivery.published
         if writable:  # last: a ref to a snapshot that is not there counts as damage
-            await cache.write_ref(manifest.revision, manifest.commit)
+            await pools.unbroken(lambda threads: cache.write_ref(manifest.revision, manifest.commit, executor=threads))
 
 
 def _by_blob(manifest: Manifest, selection: Selection, cache: RepoCache) -> list[Download]:

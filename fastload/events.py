@@ -41,10 +41,12 @@ class Event:
     ``verify.advanced``     part of a file was hashed; data: bytes
     ``file.verified``       the digest matched and the file is in the cache; data: bytes
     ``file.refetched``      the digest did not match; data: mirror, expected, actual
+    ``transfer.started``    the engine begins; data: pid (of its process)
     ``transfer.finished``   the last file is verified; data: bytes (travelled), requests
     ``build.started``       the framework begins; data: framework
     ``build.finished``      the framework's object is there
     ``build.waited``        the framework waited for bytes; data: start, stop
+    ``copy.finished``       bytes are on a device; data: bytes, device
     ======================  =====================================================================
     """
 

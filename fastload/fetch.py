@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
 from .answers import check_etag
 from .download import Download
-from .errors import AllMirrorsFailedError, Attempt, DownloadError, MirrorError, MirrorStatusError
+from .errors import AccessError, AllMirrorsFailedError, Attempt, DownloadError, MirrorError, MirrorStatusError
 from .events import Events
 from .http import HttpClient, RangeIgnored
 from .mirrors import Mirrors
@@ -63,7 +64,7 @@ class Fetcher:
                 await self._http.fetch(url, span, fill, size=download.size, check=self._checker(download, base))
             except RangeIgnored:
                 download.ignores_ranges.add(base)
-                if set(self.mirrors.urls) <= download.ignores_ranges or download.only is not None:
+                if set(self.mirrors.urls) <= download.ignores_ranges | download.hopeless.keys() or download.only:
                     raise
                 raise MirrorError(f"{base}: sends whole files only", mirror=base) from None
             finally:
@@ -74,13 +75,18 @@ class Fetcher:
             self.mirrors.delivered(base, came, self._events.clock() - started_s)
 
         began_s = self._events.clock()
-        base, attempts = await self._tried(download, span, once, lambda: fill.filled_bytes)
+        try:
+            base, attempts = await self._anywhere(download, span, once, lambda: fill.filled_bytes)
+        except DownloadError:
+            if download.ignores_ranges - download.hopeless.keys():
+                raise RangeIgnored(span.header) from None  # better from there than not at all
+            raise
         self._events.emit(
             "range.landed", file=download.paths[0], seconds=self._events.clock() - began_s,
             start=span.start, stop=span.stop, mirror=base, attempts=attempts,
         )  # fmt: skip
 
-    async def whole(self, download: Download, take: Callable[[AsyncIterator[bytes]], object]) -> None:
+    async def whole(self, download: Download, take: Callable[[AsyncIterator[bytes]], Awaitable[None]]) -> None:
         """Hand the file's bytes, from the first on, to *take*; from the start again after each failure.
 
         Args:
@@ -88,22 +94,25 @@ class Fetcher:
         """
         furthest = 0
 
-        async def counted(base: str) -> AsyncIterator[bytes]:
+        async def counted(base: str) -> AsyncGenerator[bytes, None]:
             nonlocal furthest
             position = 0
-            async for data in self._http.stream(self._url(download, base), check=self._checker(download, base)):
-                position += len(data)
-                furthest = max(furthest, position)
-                self.received_bytes += len(data)
-                download.contributed.add(base)
-                yield data
+            url = self._url(download, base)
+            async with aclosing(self._http.stream(url, check=self._checker(download, base))) as chunks:
+                async for data in chunks:
+                    position += len(data)
+                    furthest = max(furthest, position)
+                    self.received_bytes += len(data)
+                    download.contributed.add(base)
+                    yield data
 
         async def once(base: str) -> None:
             started_s = self._events.clock()
-            await take(counted(base))  # type: ignore[misc]
+            async with aclosing(counted(base)) as chunks:
+                await take(chunks)
             self.mirrors.delivered(base, download.size, self._events.clock() - started_s)
 
-        await self._tried(download, ByteRange(0, download.size), once, lambda: furthest)
+        await self._anywhere(download, ByteRange(0, download.size), once, lambda: furthest, ranged=False)
 
     def _checker(self, download: Download, base: str) -> Callable[[object], None]:
         # The origin's digests are the manifest's; only a mirror can be found out before its bytes travel.
@@ -111,8 +120,31 @@ class Fetcher:
             return lambda headers: None
         return lambda headers: check_etag(headers, download.digest, base)  # type: ignore[arg-type]
 
+    async def _anywhere(
+        self,
+        download: Download,
+        span: ByteRange,
+        once: Callable[[str], Awaitable[None]],
+        position: Callable[[], int],
+        *,
+        ranged: bool = True,
+    ) -> tuple[str, int]:
+        """As :meth:`_tried`; where one mirror alone was to be asked and fails, ask the next one alone."""
+        while True:
+            only = download.only
+            try:
+                return await self._tried(download, span, once, position, ranged)
+            except DownloadError:
+                if only is None or (download.only == only and not download.blame(self.mirrors.urls)):
+                    raise
+
     async def _tried(
-        self, download: Download, span: ByteRange, once: Callable[[str], object], position: Callable[[], int]
+        self,
+        download: Download,
+        span: ByteRange,
+        once: Callable[[str], Awaitable[None]],
+        position: Callable[[], int],
+        ranged: bool,
     ) -> tuple[str, int]:
         """Try *once* until it succeeds; return the mirror that did it and the number of attempts."""
         retrying = Retrying(
@@ -121,23 +153,31 @@ class Fetcher:
             elsewhere=lambda: download.only is None and self.mirrors.rested(retrying.tries.avoid),
         )
         tries = retrying.tries
+        everybody = {download.only} if download.only is not None else set(self.mirrors.urls)
 
         async def attempt() -> str:
-            if tries.avoid >= set(self.mirrors.urls):
+            if tries.avoid >= everybody:
                 tries.avoid.clear()
-            base = self.mirrors.pick(avoid=tries.avoid | download.ignores_ranges, only=download.only)
+            tries.avoid |= download.hopeless.keys() | (download.ignores_ranges if ranged else set())
+            base = self.mirrors.pick(avoid=tries.avoid, only=download.only)
+            rest_s = self.mirrors.asked_s(base)
+            if rest_s > 0:  # another range was told so
+                await self._sleep(rest_s)
             started_s, before = self._events.clock(), position()
             self.mirrors.started(base)
             try:
-                await once(base)  # type: ignore[misc]
+                await once(base)
             except MirrorError as e:
-                tries.note(
-                    Attempt(base, self._events.clock() - started_s, _reason(e, base)), progress=position() > before
-                )
+                reason = Attempt(base, self._events.clock() - started_s, _reason(e, base))
+                tries.note(reason, progress=position() > before)
                 tries.avoid.add(base)
-                self.mirrors.failed(base, getattr(e, "retry_after_s", None))
-                if not e.retryable and download.only is None and not tries.avoid >= set(self.mirrors.urls):
-                    e.retryable = True  # hopeless there, but not everywhere
+                if e.retryable:
+                    asked_s = getattr(e, "retry_after_s", None)
+                    longest_s = self._settings.retry_after_max_s
+                    self.mirrors.failed(base, None if asked_s is None else min(asked_s, longest_s))
+                else:
+                    download.hopeless[base] = e
+                    e.retryable = not everybody <= download.hopeless.keys()  # hopeless there, but not everywhere
                 raise
             finally:
                 self.mirrors.ended(base)
@@ -156,9 +196,10 @@ class Fetcher:
 
     def _final(self, download: Download, span: ByteRange, error: MirrorError, attempts: list[Attempt]) -> Exception:
         path = download.paths[0]
-        if isinstance(error, MirrorStatusError) and not error.retryable and len(self.mirrors.urls) == 1:
-            refused = refusal(error, self._manifest.source, self._manifest.revision, token=self._token, file=path)
-            if refused is not None:
+        said = download.hopeless.get(self.mirrors.urls[0])  # what the hub says is what the user can act on
+        if isinstance(said, MirrorStatusError):
+            refused = refusal(said, self._manifest.source, self._manifest.revision, token=self._token, file=path)
+            if refused is not None and (isinstance(refused, AccessError) or len(self.mirrors.urls) == 1):
                 return refused
         total_s = sum(a.seconds for a in attempts)
         kind = AllMirrorsFailedError if len(self.mirrors.urls) > 1 else DownloadError

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 from urllib.parse import urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
+from .access import Access
 from .answers import check_content_range, length, origin, other_size, public, status_error
-from .errors import MirrorError, MirrorTimeoutError, RangeError, SettingsError
+from .errors import MirrorError, MirrorStatusError, MirrorTimeoutError, RangeError
 from .settings import Settings
-from .sink import Fill, Sink
+from .sink import Fill, Sink, watch
 from .types import ByteRange
 
 #: As many hops as huggingface_hub and browsers follow.
@@ -45,18 +44,18 @@ class HttpClient:
 
     def __init__(self, settings: Settings, endpoint: str, token: str | None = None) -> None:
         self._settings = settings
-        self._origin = origin(endpoint)
-        self._token = token
+        self._access = Access(settings, endpoint, token)
         self._session: aiohttp.ClientSession | None = None
-        self._ssl: ssl.SSLContext | None = None
         self._located: dict[str, str] = {}
         self._locating: dict[str, asyncio.Lock] = {}
         self.requests = 0
 
     async def __aenter__(self) -> HttpClient:
+        await asyncio.to_thread(self._access.prepare)
+        # trust_env is read here, not by aiohttp: that asks a thread for .netrc before every request, knows no ALL_PROXY,
+        # and refuses to send a token to a host that .netrc names too.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-            trust_env=self._settings.trust_env,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._settings.connect_s),
             headers={"User-Agent": "fastload", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -69,40 +68,32 @@ class HttpClient:
 
     # -- one request -------------------------------------------------------------------------------------------------
 
-    def _headers(self, url: str, more: Mapping[str, str] | None) -> dict[str, str]:
+    def _options(self, url: str, more: Mapping[str, str] | None) -> dict[str, Any]:
+        """Headers, proxy and certificates for *url*."""
         headers = dict(more or {})
-        if self._token and origin(url) == self._origin:
-            headers["Authorization"] = f"Bearer {self._token}"
-        return headers
-
-    def _route(self, url: str) -> dict[str, Any]:
-        """Proxy and certificate options for *url*."""
-        options: dict[str, Any] = {}
-        parts = urlsplit(url)
-        if parts.scheme == "https" and self._settings.ca_file is not None:
-            if self._ssl is None:
-                try:
-                    self._ssl = ssl.create_default_context(cafile=str(self._settings.ca_file))
-                except (OSError, ssl.SSLError) as e:
-                    raise SettingsError(f"ca_file={self._settings.ca_file}: {e}") from e
-            options["ssl"] = self._ssl
-        if self._settings.trust_env:  # aiohttp reads HTTP_PROXY and HTTPS_PROXY itself, but not ALL_PROXY
-            proxies = getproxies()
-            if "all" in proxies and parts.scheme not in proxies and not proxy_bypass(parts.hostname or ""):
-                options["proxy"] = proxies["all"]
+        authorization = self._access.authorization(url)
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        options: dict[str, Any] = {"headers": headers}
+        context, proxy = self._access.certificates(url), self._access.proxy(url)
+        if context is not None:
+            options["ssl"] = context
+        if proxy is not None:
+            options["proxy"] = proxy.url
+            if proxy.authorization is not None:  # aiohttp makes Proxy-Authorization of it, in both kinds of request
+                options["proxy_headers"] = {"Authorization": proxy.authorization}
         return options
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str] | None) -> aiohttp.ClientResponse:
         """Send one request, follow nothing; translate what aiohttp raises."""
         if self._session is None:
             raise RuntimeError("HttpClient is used outside its async with block")
+        options = self._options(url, headers)
         self.requests += 1
         patience_s = self._settings.connect_s + self._settings.stall_s
         try:
             async with asyncio.timeout(patience_s):
-                return await self._session.request(
-                    method, url, headers=self._headers(url, headers), allow_redirects=False, **self._route(url)
-                )
+                return await self._session.request(method, url, allow_redirects=False, **options)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
             raise translate(e, url, f"no answer in {patience_s:g} s") from e
 
@@ -158,7 +149,7 @@ class HttpClient:
                 f"{public(url)}: answered with {len(body)} bytes of {kind}, not JSON:"
                 " not a Hugging Face hub, or a login page in between",
                 mirror=public(url),
-                retryable=False,
+                retryable="json" in kind,  # half of what a hub said; a page of anything else stays what it is
             ) from e
 
     async def head(self, url: str) -> Mapping[str, str]:
@@ -201,7 +192,7 @@ class HttpClient:
         cached = self._located.get(url)
         if cached is not None:
             response = await self._send("GET", cached, headers)
-            if cached != url and (response.status in _SIGNATURE_GONE or response.status in _REDIRECTS):
+            if response.status in _REDIRECTS or (cached != url and response.status in _SIGNATURE_GONE):
                 response.close()
                 response = None
                 if self._located.get(url) == cached:
@@ -256,7 +247,9 @@ class HttpClient:
                     raise other_size(url, length(response.headers), size)
                 raise RangeIgnored(public(url))
             elif response.status != 206:
-                raise status_error(response.status, response.reason, response.headers, url)
+                raise _refused(response, url)
+            elif response.headers.get("Content-Encoding", "identity") != "identity":
+                raise RangeIgnored(public(url))  # a range of the compressed file: of no use
             else:
                 check_content_range(response.headers, url, want, size)
             await self._receive(response, url, fill, len(want))
@@ -275,41 +268,45 @@ class HttpClient:
                 fill.put(content.read_nowait(-1))  # what came along with the head
                 if fill.filled_bytes < stop:
                     with Sink(fill, stop, connection.transport, connection.protocol) as sink:
-                        await self._watch(sink.done, lambda: fill.filled_bytes, url)
+                        await watch(sink.done, lambda: fill.filled_bytes, self._least, self._settings.stall_s)
                 content.feed_eof()  # tells aiohttp that the answer is complete: the connection returns to its pool
                 return
-            while fill.filled_bytes < stop:
-                async with asyncio.timeout(self._settings.stall_s):
-                    data = await content.readany()
-                if not data:
-                    raise MirrorError(
-                        f"{public(url)}: the answer ended {stop - fill.filled_bytes} bytes early", mirror=public(url)
-                    )
-                if len(data) > stop - fill.filled_bytes:
-                    raise RangeError(f"{public(url)}: the answer is longer than it said", mirror=public(url))
-                fill.put(data)
+            async with aclosing(self._chunks(response)) as chunks:
+                while fill.filled_bytes < stop:
+                    data = await anext(chunks, b"")
+                    if not data:
+                        missing = stop - fill.filled_bytes
+                        raise MirrorError(f"{public(url)}: the answer ended {missing} bytes early", mirror=public(url))
+                    if len(data) > stop - fill.filled_bytes:
+                        raise RangeError(f"{public(url)}: the answer is longer than it said", mirror=public(url))
+                    fill.put(data)
         except (aiohttp.ClientError, OSError, TimeoutError, EOFError) as e:
-            raise translate(e, url, f"stalled after {fill.filled_bytes} bytes") from e
+            raise translate(e, url, f"too slow ({str(e) or 'no byte'}), {fill.filled_bytes} bytes came") from e
 
-    async def _watch(self, done: asyncio.Future[None], position: Callable[[], int], url: str) -> None:
-        """Wait for *done*; give up when fewer than ``slow_bytes_per_s`` came over ``stall_s``."""
-        settings = self._settings
-        least = max(1, int(settings.slow_bytes_per_s * settings.stall_s))
-        while not done.done():
-            before = position()
-            await asyncio.wait({done}, timeout=settings.stall_s)
-            came = position() - before
-            if not done.done() and came < least:
-                raise MirrorTimeoutError(
-                    f"{public(url)}: {came} bytes in {settings.stall_s:g} s,"
-                    f" less than {settings.slow_bytes_per_s} a second",
-                    mirror=public(url),
-                )
-        done.result()
+    @property
+    def _least(self) -> int:
+        """How many bytes a body must bring in each stall_s."""
+        return max(1, int(self._settings.slow_bytes_per_s * self._settings.stall_s))
+
+    async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """Yield what the stream reader gets; TimeoutError as of :func:`watch`, the consumer's time left out."""
+        now_s, window_s = asyncio.get_running_loop().time, self._settings.stall_s
+        until_s, came = now_s() + window_s, 0
+        while True:
+            async with asyncio.timeout_at(until_s):
+                data = await response.content.readany()
+            if not data:
+                return
+            came += len(data)
+            given_s = now_s()
+            yield data
+            until_s += now_s() - given_s
+            if came >= self._least:
+                until_s, came = now_s() + window_s, 0
 
     async def stream(
         self, url: str, *, check: Callable[[Mapping[str, str]], None] = lambda h: None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the whole file at *url* from its first byte, decoded if the server compressed it.
 
         Raises:
@@ -317,16 +314,21 @@ class HttpClient:
         """
         async with self._located_answer(url, None, check) as response:
             if response.status != 200:
-                raise status_error(response.status, response.reason, response.headers, url)
+                raise _refused(response, url)
             try:
-                while True:
-                    async with asyncio.timeout(self._settings.stall_s):
-                        data = await response.content.readany()
-                    if not data:
-                        return
-                    yield data
+                async with aclosing(self._chunks(response)) as chunks:
+                    async for data in chunks:
+                        yield data
             except (aiohttp.ClientError, OSError, TimeoutError) as e:
-                raise translate(e, url, f"no byte in {self._settings.stall_s:g} s") from e
+                raise translate(e, url, f"too few bytes in {self._settings.stall_s:g} s") from e
+
+
+def _refused(response: aiohttp.ClientResponse, url: str) -> MirrorStatusError:
+    """Return the error for an answer with an error status; that of a place that *url* led to may be better next time."""
+    error = status_error(response.status, response.reason, response.headers, url)
+    if response.status in _SIGNATURE_GONE and origin(str(response.url)) != origin(url):
+        error.retryable = True
+    return error
 
 
 def translate(error: BaseException, url: str, timed_out: str) -> MirrorError:

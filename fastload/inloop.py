@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -12,7 +13,8 @@ from .asking import Asked
 from .engine import Engine
 from .errors import FastloadError
 from .events import Events
-from .running import unexpected
+from .pools import outlast
+from .sync import unexpected
 from .transfer import Transfer
 
 T = TypeVar("T")
@@ -33,7 +35,6 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
             pass  # told as a message
         except Exception as e:  # a defect of ours must end the readers' waits too
             transfer.fail(unexpected(e))
-            raise
 
     error: BaseException | None = None
     try:
@@ -43,7 +44,11 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
                 yield transfer
             finally:
                 if not (settle and transfer.finished):
+                    transfer.fail(FastloadError("the transfer was stopped"))  # readers in threads end now
                     task.cancel()
+            await asyncio.wait({task})
+            if settle:
+                transfer.check()
     except BaseExceptionGroup as e:
         error = e.exceptions[0]
     finally:
@@ -55,12 +60,15 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
 async def in_thread(transfer: Transfer, function: Callable[..., T], *args: Any) -> T:
     """Run *function*, which waits for *transfer*, in a thread; being cancelled ends the transfer and with it the thread."""
     context = contextvars.copy_context()
-    future = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(function, *args))
+    # Not in the loop's own pool: a few loads at once would fill it with threads that wait for bytes, while what brings
+    # the bytes needs a thread of that pool too.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fastload-build")
+    work = pool.submit(context.run, function, *args)
     try:
-        return await asyncio.shield(future)
+        return await asyncio.wrap_future(work)
     except asyncio.CancelledError:
         transfer.fail(FastloadError("the load was cancelled"))
-        await asyncio.wait({future})
-        if not future.cancelled():
-            future.exception()  # what it raised has nobody to go to
+        await outlast(work)
         raise
+    finally:
+        pool.shutdown(wait=False)

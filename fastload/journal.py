@@ -74,7 +74,8 @@ class Journal:
         """Write an empty journal for a file of *size* bytes into *fd*, whose ownership moves to the journal."""
         blocks = -(-size // block_bytes)
         os.ftruncate(fd, 0)
-        os.ftruncate(fd, HEADER_BYTES + blocks)
+        # Written, not made sparse: a page that the disk has no room for would kill the process that marks a block in it.
+        os.posix_fallocate(fd, 0, HEADER_BYTES + blocks)
         head = bytearray(160)
         struct.pack_into("<QQ", head, 8, size, block_bytes)
         text = digest.encode()
@@ -237,10 +238,15 @@ class Journal:
 
     def has(self, span: ByteRange) -> bool:
         """Tell whether all of *span* is in the file."""
+        return self.hole(span) is None
+
+    def hole(self, span: ByteRange) -> int | None:
+        """Return the first byte of *span* that is not in the file, or ``None``."""
         if span.stop <= span.start or self.state is State.VERIFIED:
-            return True
+            return None
         first, stop = span.start // self.block_bytes, -(-span.stop // self.block_bytes)
-        return self._map.find(b"\0", HEADER_BYTES + first, HEADER_BYTES + stop) < 0
+        found = self._map.find(b"\0", HEADER_BYTES + first, HEADER_BYTES + stop)
+        return None if found < 0 else max(span.start, (found - HEADER_BYTES) * self.block_bytes)
 
     def prefix_bytes(self) -> int:
         """Return the length of the part without a hole at the start of the file."""

@@ -6,7 +6,6 @@ import asyncio
 import threading
 
 from .asking import Asked
-from .errors import FastloadError
 from .http import HttpClient
 from .pools import Pools
 from .resolve import read_token
@@ -34,10 +33,10 @@ def list_files(asked: Asked) -> Manifest:
         try:
             with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
                 result.append(runner.run(alist_files(asked)))
-        except FastloadError as e:
+        except BaseException as e:  # the caller's, whatever it is
             error.append(e)
 
-    thread = threading.Thread(target=main, name="fastload-loop")
+    thread = threading.Thread(target=main, name="fastload-loop", daemon=True)
     thread.start()
     thread.join()
     if error:

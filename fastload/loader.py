@@ -21,6 +21,7 @@ from .loading import Loading
 from .running import Running
 from .tensors import AsyncTensorStream, TensorStream
 from .types import Manifest, Snapshot
+from .unawaited import warns_unawaited
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ def load(
     dtype: Any = None,
     framework: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -96,7 +97,7 @@ def load_tensors(
     device: Any = "cpu",
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -121,7 +122,7 @@ def stream(
     device: Any = "cpu",
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -146,7 +147,7 @@ def prefetch(
     *,
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -176,7 +177,7 @@ def start(
     *,
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -224,6 +225,7 @@ async def _aloading(asked: Asked, *, settle: bool = False) -> AsyncIterator[Load
                 yield loading
 
 
+@warns_unawaited
 async def aload(
     source: str | os.PathLike[str],
     *,
@@ -232,7 +234,7 @@ async def aload(
     dtype: Any = None,
     framework: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -247,6 +249,7 @@ async def aload(
         return await in_thread(loading.transfer, loading.build, framework, device, dtype, asked.options)
 
 
+@warns_unawaited
 async def aload_tensors(
     source: str | os.PathLike[str],
     *,
@@ -254,7 +257,7 @@ async def aload_tensors(
     device: Any = "cpu",
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -275,7 +278,7 @@ async def astream(
     device: Any = "cpu",
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
@@ -290,15 +293,16 @@ async def astream(
             yield tensors
             await in_thread(loading.transfer, loading.verify_delivered)
         finally:
-            tensors.close()
+            await asyncio.shield(asyncio.to_thread(tensors.close))
 
 
+@warns_unawaited
 async def aprefetch(
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
-    mirrors: Sequence[str] | None = None,
+    mirrors: str | Sequence[str] | None = None,
     settings: SettingsLike = None,
     observers: Iterable[Observer] = (),
     lock: LockLike = None,

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .asking import Asked
-from .errors import UnsupportedSourceError
+from .device import device_errors
+from .errors import DeviceError, UnsupportedSourceError
 from .events import Events
 from .plugins import call_hook
 from .profile import Profile
@@ -31,6 +32,7 @@ class Loading:
     def __init__(self, asked: Asked, transfer: Transfer) -> None:
         self._asked = asked
         self.transfer = transfer
+        self._streams: list[TensorStream] = []
         self.profile: Profile = begin_profile(asked.request.source)
         # Other loads may share the transfer: what is told of this one goes to its own observers only.
         self._events = Events((self.profile.observe, *asked.observers), transfer.events.clock)
@@ -52,16 +54,17 @@ class Loading:
             self._events.emit("load.failed", seconds=seconds, error=type(error).__name__, message=str(error))
 
     def snapshot(self) -> Snapshot:
-        """Return the snapshot once every file of it is verified."""
-        self.transfer.wait_files()
+        """Return the snapshot once every file of it is verified, and the transfer over."""
+        self.transfer.wait(lambda: self.transfer.finished)
         return self.transfer.wait_manifest()
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
     def open_stream(self, device: Any, dtype: Any) -> TensorStream:
         """Return a stream over the weights, with this load's profile."""
-        stream = TensorStream(self.transfer, self._asked.pm, device=device, dtype=dtype)
+        stream = TensorStream(self.transfer, self._asked.pm, device=device, dtype=dtype, settings=self._asked.settings)
         stream.profile = self.profile
+        self._streams.append(stream)
         return stream
 
     @contextmanager
@@ -75,22 +78,35 @@ class Loading:
             stream.close()
 
     def verify_delivered(self) -> None:
-        """Wait until every file that tensors were taken from is verified.
+        """Wait until every file that tensors were taken from is verified, and every copy to a device over.
 
         Raises:
+            DeviceError: A copy failed.
             IntegrityError: What was handed out is not what the file holds now.
         """
-        self.transfer.wait_verified(p for p, view in tuple(self.transfer.files.items()) if view.delivered)
+        for stream in self._streams:
+            stream.settle()
+        files = tuple(self.transfer.files.items())
+        self.transfer.wait_verified(p for p, view in files if view.delivered)
+        if all(view.ready for _, view in files):  # nothing is given up: let it finish
+            self.transfer.wait(lambda: self.transfer.finished)
 
     # -- whole results -----------------------------------------------------------------------------------------------
 
     def tensors(self, device: Any, dtype: Any) -> dict[str, torch.Tensor]:
         """Return all tensors, verified."""
 
+        snapshot = self.transfer.wait_manifest()
+        if not self.transfer.weights:
+            raise UnsupportedSourceError(
+                f"{snapshot.source}: none of the {len(snapshot.files)} files holds tensors",
+                hint="files= chooses others; fastload.prefetch fetches files of any kind",
+            )
+
         def collect() -> dict[str, torch.Tensor]:
             stream = self.open_stream(device, dtype)
             try:
-                return dict(iter(stream))
+                return stream.collect()
             finally:
                 stream.close()
 
@@ -106,8 +122,8 @@ class Loading:
             stream = self.open_stream(device, dtype)
             self._events.emit("build.started", framework=framework)
             try:
-                with self._events.span("build.finished", framework=framework):
-                    return call_hook(
+                with self._events.span("build.finished", framework=framework), device_errors():
+                    built = call_hook(
                         self._asked.pm,
                         "fastload_build_model",
                         framework=framework,
@@ -115,6 +131,8 @@ class Loading:
                         stream=stream,
                         options={**options, "device": device, "dtype": dtype},
                     )
+                    stream.settle()
+                    return built
             finally:
                 stream.close()
 
@@ -132,8 +150,11 @@ class Loading:
         while True:
             try:
                 made = make()
+            except DeviceError:  # no fault of the bytes
+                raise
             except Exception:  # the framework may choke on wrong bytes before their digest is known
                 self.transfer.check()
+                self.transfer.wait_files(path for path, view in tuple(self.transfer.files.items()) if view.unproven)
                 if not self._wait_and_refresh():
                     raise
                 continue

@@ -13,6 +13,7 @@ class _Score:
     in_flight: int = 0
     failures: int = 0
     rest_until_s: float = 0.0
+    asked_until_s: float = 0.0
 
 
 class Mirrors:
@@ -47,10 +48,19 @@ class Mirrors:
 
         return max(self.urls, key=rank)  # of equals the first: the origin
 
+    @property
+    def best_rate_bytes_per_s(self) -> float | None:
+        """The rate of one connection to the fastest mirror, as far as measured."""
+        return max((s.rate_bytes_per_s for s in self._scores.values() if s.rate_bytes_per_s is not None), default=None)
+
     def rested(self, avoid: Collection[str] = ()) -> bool:
         """Tell whether there is a mirror outside *avoid* that may be asked at once."""
         now_s = self._clock()
         return any(u not in avoid and s.rest_until_s <= now_s for u, s in self._scores.items())
+
+    def asked_s(self, url: str) -> float:
+        """Return for how many seconds yet *url* asked to be left alone; 0 or less: not any more."""
+        return self._scores[url].asked_until_s - self._clock()
 
     def started(self, url: str) -> None:
         """A request to *url* is under way."""
@@ -70,7 +80,12 @@ class Mirrors:
         score.rest_until_s = 0.0
 
     def failed(self, url: str, rest_s: float | None = None) -> None:
-        """It failed; let it rest for *rest_s*, or for 0.5 s doubled with each failure in a row, 30 s at most (guessed)."""
+        """It failed; let it rest: for *rest_s*, if it asked for that, else 0.5 s doubled with each failure, at most 30 s.
+
+        The numbers are guessed.
+        """
         score = self._scores[url]
         score.failures += 1
+        if rest_s is not None:
+            score.asked_until_s = max(score.asked_until_s, self._clock() + rest_s)
         score.rest_until_s = self._clock() + (min(30.0, 0.25 * 2**score.failures) if rest_s is None else rest_s)

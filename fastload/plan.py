@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .errors import NotFoundError
+from .errors import NotFoundError, UnsupportedSourceError
 from .types import ByteRange, Manifest, RemoteFile
 
 #: Files that hold weights, best first; a framework reads one kind, so a load fetches one kind.
@@ -21,6 +21,14 @@ _NAME = re.compile(
     r"^(?P<stem>.+?)(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-(?P<part>\d{5})-of-\d{5})?(?:\.(?P<variant2>[A-Za-z0-9_]+))?"
     r"\.(?P<suffix>safetensors|bin)$"
 )
+#: Specified (diffusers): the only names under which a pipeline finds weights. Others are whole checkpoints, for programs
+#: that read one file.
+_IN_PIPELINES = ("diffusion_pytorch_model", "pytorch_model", "model")
+_ONNX_IN_PIPELINES = ("model.onnx", "model.onnx_data", "weights.pb")
+#: Kinds that no from_pretrained looks for by itself, in the order in which they are taken where there is nothing better.
+_OTHER_SUFFIXES = (".pt", ".pth", ".ckpt", ".gguf")
+#: What trainers leave beside the weights in the same kind of file.
+_OF_TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)(?:_\d+)?\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +67,12 @@ def select(
         patterns: Shell patterns (``*`` crosses ``/``, a trailing ``/`` means the folder), as huggingface_hub reads
             them; ``None`` leaves the choice to the rules below.
         everything: Without patterns: all files (``prefetch``), not just one kind of weights.
-        options: The framework's keyword arguments; ``variant``, ``subfolder`` and ``use_safetensors`` matter.
+        options: The framework's keyword arguments; ``variant``, ``subfolder``, ``use_safetensors``, ``use_onnx`` and
+            ``gguf_file`` matter, and ``components``, the names of what the caller brings for a pipeline.
 
     Raises:
         NotFoundError: Patterns were given and match nothing.
+        UnsupportedSourceError: There are several GGUF files to choose from.
     """
     options = options or {}
     if patterns is not None:
@@ -77,8 +87,10 @@ def select(
         chosen = list(manifest.files)
         weights = [f for f in chosen if is_weight(f.path)]
     else:
-        weights = _framework_weights(manifest.files, options)
-        if not weights:  # a format of a plugin's: whatever is neither configuration nor a picture
+        weights = _framework_weights(manifest, options)
+        if (
+            not weights and manifest.get("model_index.json") is None
+        ):  # a format of a plugin's: whatever is neither configuration nor a picture
             weights = [f for f in manifest.files if not _is_side_file(f.path) and not is_weight(f.path)]
         small = [
             f
@@ -111,18 +123,22 @@ def _is_side_file(path: str) -> bool:
     return name.startswith((".", "license", "readme", "notice")) or name.endswith(suffixes)
 
 
-def _framework_weights(files: Iterable[RemoteFile], options: Mapping[str, Any]) -> list[RemoteFile]:
+def _framework_weights(manifest: Manifest, options: Mapping[str, Any]) -> list[RemoteFile]:
     """One kind of weights a folder, as from_pretrained picks them: safetensors first, single file before shards."""
-    files = list(files)
-    pipeline = any(f.path == "model_index.json" for f in files)
     subfolder = (options.get("subfolder") or "").strip("/")
-    chosen: list[RemoteFile] = []
-    for folder in sorted({f.path.rpartition("/")[0] for f in files}):
-        wanted = folder == subfolder or (pipeline and "/" not in folder and not subfolder)
-        if wanted:
-            here = [f for f in files if f.path.rpartition("/")[0] == folder and is_weight(f.path)]
-            chosen += _one_kind(here, options.get("variant"), options.get("use_safetensors"))
-    return chosen
+    if not subfolder and manifest.get("model_index.json") is not None:
+        return _pipeline_weights(manifest.files, options)
+    here = [f for f in manifest.files if f.path.rpartition("/")[0] == subfolder and is_weight(f.path)]
+    if options.get("gguf_file"):
+        return [f for f in here if _name(f) == options["gguf_file"]]
+    found = _one_kind(here, options.get("variant"), options.get("use_safetensors"))
+    if found or options.get("variant") is not None or options.get("use_safetensors"):
+        return found
+    return _other_kind(here, manifest.source)
+
+
+def _name(file: RemoteFile) -> str:
+    return file.path.rpartition("/")[2]
 
 
 def _one_kind(files: list[RemoteFile], variant: str | None, use_safetensors: bool | None) -> list[RemoteFile]:
@@ -130,8 +146,10 @@ def _one_kind(files: list[RemoteFile], variant: str | None, use_safetensors: boo
     for kind in kinds:
         stems: dict[str, dict[bool, list[RemoteFile]]] = {}
         for f in files:
-            match = _NAME.match(f.path.rpartition("/")[2])
-            if match and match["suffix"] == kind and (match["variant"] or match["variant2"]) == variant:
+            match = _NAME.match(_name(f))
+            if match is None or match["suffix"] != kind or _OF_TRAINING.match(_name(f)):
+                continue
+            if (match["variant"] or match["variant2"]) == variant:
                 stems.setdefault(match["stem"], {}).setdefault(match["part"] is not None, []).append(f)
         if not stems:
             continue
@@ -145,12 +163,63 @@ def _one_kind(files: list[RemoteFile], variant: str | None, use_safetensors: boo
     return []
 
 
+def _other_kind(files: list[RemoteFile], source: str) -> list[RemoteFile]:
+    for suffix in _OTHER_SUFFIXES:
+        found = [f for f in files if f.path.lower().endswith(suffix) and not _OF_TRAINING.match(_name(f))]
+        stems = sorted({re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", _name(f), flags=re.IGNORECASE) for f in found})
+        if suffix == ".gguf" and len(stems) > 1:  # one model, quantised in several ways: too large to fetch them all
+            raise UnsupportedSourceError(
+                f"{source} holds {len(stems)} GGUF models: {', '.join(stems[:8])}{' …' if stems[8:] else ''}",
+                hint=f'choose one, for example files=["{stems[0]}", "*.json"]',
+            )
+        if found:
+            return found
+    return []
+
+
+def _pipeline_weights(files: Sequence[RemoteFile], options: Mapping[str, Any]) -> list[RemoteFile]:
+    """The weights of all components, as diffusers chooses them.
+
+    Safetensors where every component has them, else pickled files for all that have those; in each folder the variant
+    where there is one, else the files without.
+    """
+    brought = set(options.get("components") or ())
+    variant, use_safetensors = options.get("variant"), options.get("use_safetensors")
+    folders: dict[str, dict[str, list[RemoteFile]]] = {}
+    for f in files:
+        folder = f.path.rpartition("/")[0]
+        match = _NAME.match(_name(f))
+        if match and match["stem"] in _IN_PIPELINES and "/" not in folder and folder not in brought:
+            variants = folders.setdefault(folder, {})
+            variants.setdefault(match["variant"] or match["variant2"] or "", []).append(f)
+    chosen = {}
+    for folder, variants in folders.items():
+        fitting = variants.get(variant or "") or variants.get("", [])
+        chosen[folder] = {kind: [f for f in fitting if f.path.endswith(kind)] for kind in (".safetensors", ".bin")}
+    kinds = [".safetensors"] if use_safetensors else [".bin"] if use_safetensors is False else [".safetensors", ".bin"]
+    if use_safetensors is None and not all(of[".safetensors"] for of in chosen.values() if of[".bin"]):
+        kinds.reverse()
+    found = [f for of in chosen.values() for f in next((of[kind] for kind in kinds if of[kind]), [])]
+    if options.get("use_onnx") or not any(folders.values()):
+        found += [
+            f for f in files
+            if f.path.count("/") == 1 and _name(f) in _ONNX_IN_PIPELINES and f.path.partition("/")[0] not in brought
+        ]  # fmt: skip
+    return found
+
+
 def shards_of_index(index: Mapping[str, Any]) -> list[str]:
     """Return the file names that a ``*.index.json`` names, in natural order."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, Mapping):
         return []
     return sorted({str(v) for v in weight_map.values()}, key=natural_key)
+
+
+def cut(span: ByteRange, count: int) -> tuple[ByteRange, ByteRange]:
+    """Return the first *count* bytes of *span* and the rest; either may be empty."""
+    middle = span.start + max(0, min(count, len(span)))
+    return ByteRange(span.start, middle), ByteRange(middle, span.stop)
 
 
 def split(holes: Iterable[ByteRange], range_bytes: int) -> list[ByteRange]:

@@ -28,9 +28,13 @@ log = logging.getLogger("fastload")
 
 #: Modules of this distribution that are plugins. Importing them must stay cheap: no torch, aiohttp, huggingface_hub.
 BUILTIN = (
+    "fastload.builtin.history",
     "fastload.builtin.hub",
     "fastload.builtin.local",
     "fastload.builtin.log",
+    "fastload.builtin.module",
+    "fastload.builtin.opentelemetry",
+    "fastload.builtin.pickled",
     "fastload.builtin.safetensors",
 )
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
-from .cache import RepoCache
+from .cache import RepoCache, check_path
 from .errors import (
     Attempt,
     DownloadError,
@@ -59,8 +58,8 @@ def read_token(settings: Settings) -> str | None:
     if settings.token is not None:
         return settings.token
     try:
-        return settings.token_path.read_text(encoding="utf-8").strip() or None
-    except OSError:
+        return "".join(settings.token_path.read_text(encoding="utf-8").split()) or None
+    except (OSError, UnicodeDecodeError):
         return None
 
 
@@ -113,28 +112,26 @@ async def resolve(
             manifest = await pools.off(_from_cache, source, settings, e)
             offline = True
             log.warning("%s: the hub is out of reach, using the cache (%s)", source.name, e.message)
-    manifest = _checked(manifest)
     if manifest.local is not None:
         return Resolved(manifest, (), None)
+    _check(manifest)
     offered = [u for urls in call_hook(pm, "fastload_mirrors", source=source, settings=settings) if urls for u in urls]
     bases = tuple(dict.fromkeys(u.rstrip("/") for u in (manifest.endpoint, *offered)))
     cache = RepoCache(settings.cache_dir, manifest.source, symlinks=settings.symlinks)
     return Resolved(manifest, bases, cache, offline, complete=request.locked is None)
 
 
-def _checked(manifest: Manifest) -> Manifest:
-    """Refuse paths that would leave the snapshot, and files that nobody can verify."""
-    seen = set()
+def _check(manifest: Manifest) -> None:
+    """Refuse paths that would leave the snapshot, and listings that cannot be true, before anything is written."""
+    seen: set[str] = set()
     for file in manifest.files:
-        parts = PurePosixPath(file.path).parts
-        bad = not parts or file.path.startswith("/") or ".." in parts or "\\" in file.path or "\0" in file.path
-        if bad or file.path in seen or file.size < 0:
+        check_path(file.path)
+        if file.path in seen or file.size < 0:
             raise SourceError(
                 f"{manifest.source} lists {file.path!r} ({file.size} bytes), which no honest repository holds",
                 hint="the hub or mirror is broken or hostile; do not use it",
             )
         seen.add(file.path)
-    return manifest
 
 
 def _from_cache(source: Source, settings: Settings, error: DownloadError | None) -> Manifest:
@@ -148,7 +145,7 @@ def _from_cache(source: Source, settings: Settings, error: DownloadError | None)
         f"{source.name} at {source.revision} is not in the cache at {settings.cache_dir}, and {why}",
         hint="run `fastload prefetch` while online"
         if error is None
-        else "check the network, HF_ENDPOINT and proxies, and try again",
+        else error.hint or "check the network, HF_ENDPOINT and proxies, and try again",
     ) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -111,6 +112,9 @@ _RETRYABLE = frozenset(
 )
 
 
+_DIGITS = re.compile(r"[0-9]+")
+
+
 def retryable_status(status: int) -> bool:
     """Tell whether an answer with *status* may be different next time."""
     return status in _RETRYABLE
@@ -128,12 +132,12 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
     """
     for part in headers.get("RateLimit", "").split(","):
         fields = dict(item.strip().split("=", 1) for item in part.split(";") if "=" in item)
-        if fields.get("r") == "0" and fields.get("t", "").isdigit():
+        if fields.get("r") == "0" and _DIGITS.fullmatch(fields.get("t", "")):
             return float(fields["t"])
     text = headers.get("Retry-After", "").strip()
     if not text:
         return None
-    if text.isdigit():
+    if _DIGITS.fullmatch(text):
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - now_s)

@@ -12,9 +12,11 @@ import sys
 import threading
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .device import parse_device, to_device
+from .supply import SuppliedSlice, Supply
 from .weightfile import TensorSlice, WeightFile
 
 if TYPE_CHECKING:
@@ -27,15 +29,30 @@ Inode = tuple[int, int]
 _TORCH = ("pt", "torch", "pytorch")
 
 
+@dataclass(eq=False, slots=True)
+class Route:
+    """How one file is served.
+
+    Attributes:
+        supply: Brings its tensors to devices.
+        defers: Whether tensors that are read to the CPU are stand-ins, which a reader sends on to a device by our way;
+            then the file is served by us when it is complete, too.
+    """
+
+    file: WeightFile
+    supply: Supply
+    defers: bool = False
+
+
 class _Routes:
     """Which files are routed, and the real ``safe_open`` while it is replaced. Thread-safe."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.files: dict[Inode, list[WeightFile]] = {}
+        self.files: dict[Inode, list[Route]] = {}
         self.real: Any = None
 
-    def find(self, filename: Any) -> WeightFile | None:
+    def find(self, filename: Any) -> Route | None:
         if not self.files:
             return None
         try:
@@ -51,7 +68,7 @@ _routes = _Routes()
 
 
 @contextmanager
-def routed(table: Mapping[Inode, WeightFile]) -> Iterator[None]:
+def routed(table: Mapping[Inode, Route]) -> Iterator[None]:
     """Serve the files of *table* through ``safe_open``, in all threads, for the length of the block.
 
     Blocks may overlap, also for the same file: the newest route wins. Whoever routes a file keeps it open, so that its
@@ -60,15 +77,15 @@ def routed(table: Mapping[Inode, WeightFile]) -> Iterator[None]:
     with _routes.lock:
         if not _routes.files:
             _install()
-        for inode, file in table.items():
-            _routes.files.setdefault(inode, []).append(file)
+        for inode, route in table.items():
+            _routes.files.setdefault(inode, []).append(route)
     try:
         yield
     finally:
         with _routes.lock:
-            for inode, file in table.items():
+            for inode, route in table.items():
                 routes = _routes.files[inode]
-                routes.remove(file)
+                routes.remove(route)
                 if not routes:
                     del _routes.files[inode]
             if not _routes.files:
@@ -112,13 +129,13 @@ class safe_open(metaclass=_Routing):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a streaming handle for a file that arrives, for every other one what the real one returns."""
         filename = args[0] if args else kwargs.get("filename")
-        file = _routes.find(filename)
-        if file is None:
+        route = _routes.find(filename)
+        if route is None:
             return _routes.real(*args, **kwargs)
         framework = args[1] if len(args) > 1 else kwargs.get("framework")
-        if framework in _TORCH and not file.view.ready:
-            return Handle(file, *args, **kwargs)
-        final = file.wait_verified()
+        if framework in _TORCH and (route.defers or not route.file.view.ready):
+            return Handle(route, *args, **kwargs)
+        final = route.file.wait_verified()
         if args:
             return _routes.real(final, *args[1:], **kwargs)
         return _routes.real(**{**kwargs, "filename": final})
@@ -130,8 +147,10 @@ class Handle:
     Arguments that only choose how the real one reads (``backend`` …) are accepted and change nothing.
     """
 
-    def __init__(self, file: WeightFile, filename: Any, framework: str, device: Any = "cpu", **_how: Any) -> None:
-        self._file: WeightFile | None = file
+    def __init__(self, route: Route, filename: Any, framework: str, device: Any = "cpu", **_how: Any) -> None:
+        self._file: WeightFile | None = route.file
+        self._supply = route.supply
+        self._defers = route.defers
         self._device = parse_device(device)
 
     def __enter__(self) -> Handle:
@@ -157,6 +176,14 @@ class Handle:
     def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
         return to_device(tensor, self._device)
 
+    def _whole(self, file: WeightFile, name: str) -> torch.Tensor:
+        if self._device.type == "cpu" and self._defers:
+            return self._supply.defer(file, name)
+        return self._supply.place(file, name, self._device)
+
+    def _slice(self, file: WeightFile, name: str) -> TensorSlice:
+        return SuppliedSlice(file, name, self._finish, self._whole)
+
     def keys(self) -> list[str]:
         """Return the names, sorted, as the real one does."""
         return sorted(self._opened().tensors())
@@ -171,16 +198,16 @@ class Handle:
 
     def get_slice(self, name: str) -> TensorSlice:
         """Return a stand-in for tensor *name* that waits when it is indexed."""
-        return TensorSlice(self._holding(name), name, self._finish)
+        return self._slice(self._holding(name), name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Return tensor *name* once it has landed."""
-        return self._finish(self._holding(name).tensor(name))
+        return self._whole(self._holding(name), name)
 
     def get_tensors(self) -> ArrivingTensors:
         """Return all tensors: the names at once, each tensor when it is asked for and has landed."""
         file = self._opened()
-        return ArrivingTensors({name: TensorSlice(file, name, self._finish) for name in file.tensors()})
+        return ArrivingTensors({name: self._slice(file, name) for name in file.tensors()})
 
 
 class ArrivingTensors(dict[str, Any]):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .asking import Asked
-from .errors import FastloadError
 from .events import Events, Observer, log
 from .sync import InThread
 from .transfer import Transfer
@@ -87,6 +87,16 @@ _started: dict[tuple[Any, ...], Running] = {}
 _warned = False
 
 
+def _forked() -> None:
+    """The parent's transfers are the parent's, and its other threads, one of which may hold the lock, are not here."""
+    global _lock
+    _lock = threading.Lock()
+    _started.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def begin(asked: Asked) -> Running:
     """Start a transfer in a process of its own and let later loads of this process join it."""
     with _lock:
@@ -100,7 +110,7 @@ def begin(asked: Asked) -> Running:
 def join(asked: Asked) -> Running | None:
     """Return the transfer that :func:`begin` started for the same thing, if it has not failed; forget it there."""
     with _lock:
-        running = _started.pop(asked.key, None)
+        running = _started.pop(asked.key, None) or _started.pop(asked.key_of_more, None)
     return running if running is not None and not running.failed else None
 
 
@@ -111,8 +121,3 @@ def _warn_once(error: OSError) -> None:
         log.warning(
             "no transfer process can be started (%s): transfers run in this process, and slower beside imports", error
         )
-
-
-def unexpected(error: BaseException) -> FastloadError:
-    """Return the error for something that should not have happened in a transfer."""
-    return FastloadError(f"the transfer ended with {type(error).__name__}: {error}", hint="please report this")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from .download import Download
+from .journal import BLOCK_BYTES
+from .plan import cut
 from .types import ByteRange
 
 
@@ -34,23 +37,23 @@ class Schedule:
         """*download* is complete."""
         self._large.remove(download)
 
-    def next(self) -> tuple[Download, ByteRange] | None:
-        """Take the next range, or ``None`` if there is none at the moment."""
-        return self._demanded() or self._next_small() or self._in_order()
+    def next(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
+        """Take the next range, or ``None`` if there is none at the moment.
 
-    def _demanded(self) -> tuple[Download, ByteRange] | None:
+        Args:
+            piece_bytes: About how much of a large file one request should bring, in whole blocks.
+        """
+        return self._demanded(piece_bytes) or self._next_small() or self._in_order(piece_bytes)
+
+    def _demanded(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
         for download in self._large:
-            journal = download.journal
-            for offset in journal.take_demands() if journal is not None else ():
-                span = next((s for s in download.pending if s.start <= offset < s.stop), None)
-                if span is not None:  # else it is in flight already, or has landed
-                    download.pending.remove(span)
-                    download.pending.appendleft(span)
-                    download.urgent += 1
+            offsets = download.journal.take_demands() if download.journal is not None else []
+            if offsets:
+                _move_up(download, offsets, piece_bytes)
         for download in self._large:
             if download.urgent and download.pending:
                 download.urgent -= 1
-                return download, download.pending.popleft()
+                return download, _take(download, piece_bytes)
             download.urgent = 0
         return None
 
@@ -60,10 +63,43 @@ class Schedule:
         download = self._small.popleft()
         return download, ByteRange(0, download.size)
 
-    def _in_order(self) -> tuple[Download, ByteRange] | None:
+    def _in_order(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
         window = [d for d in self._large if d.pending][: self._shards]
         if not window:
             return None
         self._turn += 1
         download = window[self._turn % len(window)]
-        return download, download.pending.popleft()
+        return download, _take(download, piece_bytes)
+
+
+def _move_up(download: Download, offsets: Iterable[int], piece_bytes: int) -> None:
+    """Put what readers wait for at *offsets* first, the oldest wish before the others.
+
+    After the first comes what follows it in the file: who waits for a tensor of many ranges wants those next.
+    """
+    pending = list(download.pending)
+    first: list[ByteRange] = []
+    for offset in offsets:
+        index = next((i for i, s in enumerate(pending) if s.start <= offset < s.stop), None)
+        if index is None:  # in flight already, or landed
+            continue
+        before, after = cut(pending[index], offset // BLOCK_BYTES * BLOCK_BYTES - pending[index].start)
+        wanted, after = cut(after, piece_bytes)
+        rest_before, rest_after = [s for s in (before,) if s], [s for s in (after,) if s]
+        if first:
+            pending[index : index + 1] = rest_before + rest_after
+        else:
+            pending = rest_after + pending[index + 1 :] + pending[:index] + rest_before
+        first.append(wanted)
+    download.pending = deque(first + pending)
+    download.urgent = len(first)
+
+
+def _take(download: Download, piece_bytes: int) -> ByteRange:
+    """Take a piece off the first pending range; a rest of less than half a piece comes along."""
+    span = download.pending.popleft()
+    if len(span) <= piece_bytes + piece_bytes // 2:
+        return span
+    piece, rest = cut(span, piece_bytes)
+    download.pending.appendleft(rest)
+    return piece

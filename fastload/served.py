@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .errors import CacheError, FastloadError
-from .router import Inode, routed
+from .router import Inode, Route, routed
+from .supply import Supply
 from .transfer import Transfer
 from .types import Snapshot
 from .weightfile import WeightFile
@@ -22,11 +23,16 @@ _FIRST_FD = 900
 
 
 @contextmanager
-def served(transfer: Transfer, weights: Mapping[str, WeightFile]) -> Iterator[Path]:
+def served(
+    transfer: Transfer, weights: Mapping[str, WeightFile], supply: Supply, *, defer: bool = False
+) -> Iterator[Path]:
     """Yield the snapshot itself where it is complete, else a temporary folder that looks like it.
 
     In that folder every file is a link: to the verified file, or, for a safetensors file in flight, to a descriptor of
     this process, which ``safe_open`` knows for the length of the block. All other files are waited for first.
+
+    Args:
+        defer: Serve complete files through ``safe_open`` too, and give stand-ins of tensors that are read to the CPU.
 
     Raises:
         CacheError: The temporary folder cannot be made.
@@ -36,21 +42,27 @@ def served(transfer: Transfer, weights: Mapping[str, WeightFile]) -> Iterator[Pa
     streamed = [path for path in weights if path.endswith(".safetensors")]
     transfer.wait_files(path for path in transfer.files if path not in set(streamed))
     if all(transfer.files[path].ready for path in streamed):
-        yield snapshot.path
+        if not defer:
+            yield snapshot.path
+            return
+        with routed({_inode(weights[path].view.open()): Route(weights[path], supply, defer) for path in streamed}):
+            yield snapshot.path
         return
     with ExitStack() as stack:
         try:
             root = Path(tempfile.mkdtemp(prefix="fastload-"))
             stack.callback(shutil.rmtree, root, ignore_errors=True)
             folder = root / folder_name(snapshot)
-            table: dict[Inode, WeightFile] = {}
+            table: dict[Inode, Route] = {}
             for path, view in transfer.files.items():
                 link = folder / path
                 link.parent.mkdir(parents=True, exist_ok=True)
-                if view.ready or path not in streamed:
-                    link.symlink_to(os.path.abspath(snapshot.path / path))
+                if path in streamed and not view.ready:
+                    table[_place(weights[path], link, stack)] = Route(weights[path], supply, defer)
                 else:
-                    table[_place(weights[path], link, stack)] = weights[path]
+                    link.symlink_to(os.path.abspath(snapshot.path / path))
+                    if path in streamed and defer:
+                        table[_inode(view.open())] = Route(weights[path], supply, defer)
         except FastloadError:
             raise
         except OSError as e:
@@ -75,6 +87,10 @@ def _place(file: WeightFile, link: Path, stack: ExitStack) -> Inode:
         fd = os.open(link, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, fd)
         os.ftruncate(fd, file.view.size)
+    return _inode(fd)
+
+
+def _inode(fd: int) -> Inode:
     stat = os.fstat(fd)
     return stat.st_dev, stat.st_ino
 

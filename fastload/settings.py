@@ -99,6 +99,16 @@ class Settings:
         "names of the plugins to load, separated by commas; unset: all, empty: built-in ones only",
         "FASTLOAD_PLUGINS",
     )
+    profile_history: Path | None = _setting(
+        None, "local file to which every load adds one line of JSON, its profile", "FASTLOAD_PROFILE_HISTORY"
+    )
+    # Reasoned: eight slots of 8 MiB, the size of a range; page-locking them takes milliseconds, a whole model's seconds.
+    pinned_bytes: int = _setting(
+        64 * MIB, "page-locked memory that bytes for a CUDA device pass through", "FASTLOAD_PINNED_BYTES", low=65536
+    )
+    verify_device: bool = _setting(
+        False, "read every byte back from a CUDA device and compare (halves the rate)", "FASTLOAD_VERIFY_DEVICE"
+    )
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

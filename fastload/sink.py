@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 
 class Fill:
@@ -53,6 +54,8 @@ class Sink(asyncio.BufferedProtocol):
             self._transport.abort()
         if not self.done.done():
             self.done.cancel()
+        elif not self.done.cancelled():
+            self.done.exception()  # seen: the fetch may have ended for another reason
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._fill.view[self._fill.filled_bytes : self._stop]
@@ -79,3 +82,18 @@ class Sink(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """Nothing is written while a body arrives."""
+
+
+async def watch(done: asyncio.Future[None], position: Callable[[], int], least: int, window_s: float) -> None:
+    """Wait until *done*; give up when *position* moves on by fewer than *least* bytes in *window_s* seconds.
+
+    Raises:
+        TimeoutError: It did.
+    """
+    while not done.done():
+        before = position()
+        await asyncio.wait({done}, timeout=window_s)
+        came = position() - before
+        if not done.done() and came < least:
+            raise TimeoutError(f"{came} bytes in {window_s:g} s, expected {least}")
+    done.result()

@@ -17,6 +17,13 @@ from .transfer import Transfer
 from .types import Request
 
 
+def unexpected(error: Exception) -> FastloadError:
+    """Return the error for something that should not have happened in a transfer; *error* is its cause."""
+    result = FastloadError(f"the transfer ended with {type(error).__name__}: {error}", hint="please report this")
+    result.__cause__ = error
+    return result
+
+
 class InThread:
     """Runs one transfer in a thread; the same face as :class:`fastload.worker.Child`."""
 
@@ -44,11 +51,8 @@ class InThread:
                 pass  # told as a message
             except asyncio.CancelledError:
                 self._transfer.fail(FastloadError("the transfer was stopped"))
-            except BaseException as e:  # a defect of ours must end the readers' waits too
-                self._transfer.fail(
-                    FastloadError(f"the transfer ended with {type(e).__name__}: {e}", hint="please report this")
-                )
-                raise
+            except Exception as e:  # a defect of ours must end the readers' waits too
+                self._transfer.fail(unexpected(e))
             finally:
                 with self._lock:
                     self._loop = None
@@ -68,7 +72,7 @@ class InThread:
     def stop(self) -> None:
         """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated."""
         with self._lock:
-            self._stopped = True
-            if self._loop is not None and self._task is not None:
+            stopped, self._stopped = self._stopped, True
+            if not stopped and self._loop is not None and self._task is not None:
                 self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .device import parse_device, parse_dtype, to_device
 from .errors import FastloadError, FormatError, NotFoundError
 from .profile import Profile
 from .served import served
+from .settings import Settings
+from .supply import Supply
 from .transfer import Transfer
 from .types import ByteRange, TensorInfo
 from .weightfile import TensorSlice, WeightFile, nearest
@@ -37,17 +38,25 @@ class TensorStream:
         pm: Plugins, asked for the formats of the files.
         device: Where tensors go: ``"cpu"``, ``"cuda:0"``, an index, a ``torch.device``.
         dtype: Floating tensors are cast to it; ``None``: as the files have them.
+        settings: Of the load; ``None``: the defaults.
 
     Attributes:
         profile: Of the load, set by the loader.
     """
 
-    def __init__(self, transfer: Transfer, pm: pluggy.PluginManager, *, device: Any = "cpu", dtype: Any = None) -> None:
+    def __init__(
+        self,
+        transfer: Transfer,
+        pm: pluggy.PluginManager,
+        *,
+        device: Any = "cpu",
+        dtype: Any = None,
+        settings: Settings | None = None,
+    ) -> None:
         self.transfer = transfer
         self.profile: Profile | None = None
         self._pm = pm
-        self._device_given = device
-        self._dtype_given = dtype
+        self._supply = Supply(transfer, device, dtype, settings)
         self._lock = threading.Lock()
         self._owners: dict[str, WeightFile] = {}
         self._closed = False
@@ -90,7 +99,7 @@ class TensorStream:
             NotFoundError: No file has it.
             FastloadError: The transfer failed.
         """
-        return self._finish(self._find(name).tensor(name))
+        return self._supply.tensor(self._find(name), name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """As :meth:`get_tensor`; so ``dict(stream)`` works."""
@@ -98,30 +107,37 @@ class TensorStream:
 
     def get_slice(self, name: str) -> TensorSlice:
         """Return a stand-in for tensor *name*: ``get_shape()``, ``get_dtype()``, ``[...]``; waits only when indexed."""
-        return TensorSlice(self._find(name), name, self._finish)
+        return self._supply.slice(self._find(name), name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)`` in the order of delivery: weight files in order, their tensors by offset."""
         for file in self._files.values():
             self._adopt(file)
+            self._supply.expect(file, bounded=True)
             for name in file.tensors():
                 self._check_open()
-                yield name, self._finish(file.tensor(name))
+                yield name, self._supply.tensor(file, name)
         self.check()
 
-    def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = to_device(tensor, self._device)
-        if self._dtype is not None and tensor.is_floating_point():
-            return tensor.to(self._dtype)
-        return tensor
+    def collect(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by name, in the order of delivery.
 
-    @cached_property
-    def _device(self) -> torch.device:
-        return parse_device(self._device_given)
+        Raises:
+            DeviceError: They do not fit on the device, or a copy failed.
+        """
+        self._supply.reserve(self._files.values())
+        for file in self._files.values():
+            self._supply.expect(file, bounded=False)
+        collected = {
+            name: self._supply.tensor(file, name) for file in self._files.values() for name in self._adopt(file)
+        }
+        self.check()
+        self.settle()
+        return collected
 
-    @cached_property
-    def _dtype(self) -> torch.dtype | None:
-        return parse_dtype(self._dtype_given)
+    def settle(self) -> None:
+        """Wait until everything that was handed out is on its device; raise DeviceError if something is not."""
+        self._supply.settle()
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -134,8 +150,8 @@ class TensorStream:
         if self._closed:
             raise FastloadError("the stream is closed", hint="read inside the `with fastload.stream(...)` block")
 
-    def _adopt(self, file: WeightFile) -> None:
-        """Take the names of *file* in; a name that another file has too is an error."""
+    def _adopt(self, file: WeightFile) -> Iterable[str]:
+        """Take the names of *file* in and return them; a name that another file has too is an error."""
         names = file.tensors()
         with self._lock:
             for name in names:
@@ -145,6 +161,7 @@ class TensorStream:
                         f"{file.path}: tensor {name!r} is in {other.path} too",
                         hint="choose the files of one variant with files= (or subfolder=)",
                     )
+        return names
 
     def _find(self, name: str) -> WeightFile:
         self._check_open()
@@ -209,17 +226,24 @@ class TensorStream:
             if shards:
                 yield path, table, shards
 
-    def served(self) -> AbstractContextManager[Path]:
+    def served(self, *, defer: bool = False, ahead: Any = None) -> AbstractContextManager[Path]:
         """Give unchanged ``from_pretrained`` code a folder that it can load from at once.
 
         Inside the block ``safetensors.safe_open`` waits for bytes that still arrive. Files that are no safetensors
         files are waited for first. The folder goes away with the block; nothing is waited for at its end.
+
+        Args:
+            defer: Give stand-ins to a reader that takes tensors to the CPU and at once sends them on with ``.to(device)``:
+                then they go straight to a CUDA device. Complete files are served so, too.
+            ahead: Where it will send all of them, if that is known.
         """
-        return served(self.transfer, self._files)
+        self._supply.send_ahead_to(ahead)
+        return served(self.transfer, self._files, self._supply, defer=defer)
 
     def close(self) -> None:
         """End reading: later calls raise. Tensors that were handed out stay."""
         self._closed = True
+        self._supply.close()
 
 
 class AsyncTensorStream:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import CacheError, FastloadError, IntegrityError, from_record
 from .events import Event, Events
-from .journal import Journal
+from .journal import Journal, State
 from .types import ByteRange, Digest, Snapshot
 
 #: Guessed: a wish that got lost costs a reader this long.
@@ -31,6 +31,7 @@ class FileView:
         size: In bytes.
         ready: Verified and under its final name.
         generation: How often the file was started over; tensors of an older generation are worthless.
+        copied: Bytes of it were copied elsewhere (to a device); set by whoever did.
     """
 
     def __init__(self, transfer: Transfer, path: str, size: int) -> None:
@@ -39,20 +40,25 @@ class FileView:
         self.ready = False
         self.error: FastloadError | None = None
         self.generation = 0
+        self.copied = False
         self._transfer = transfer
         self._lock = threading.Lock()
         self._fd = -1
         self._journal: Journal | None = None
-        self._places: tuple[str, str | None] | None = None
+        self._places: tuple[str, str] | None = None
+        self._announced = 0
         self._mapping: mmap.mmap | None = None
         self._final: str | None = None
-        self.waited: Callable[[ByteRange], None] = lambda span: None
+        #: Somebody was told that bytes of the partial file may be used.
+        self._used = False
+        self._settled = False
 
     # -- told by messages --------------------------------------------------------------------------------------------
 
     def arriving(self, data: str, journal: str) -> None:
         """The bytes land in the file *data*, and *journal* says which."""
         self._places = (data, journal)
+        self._announced += 1
 
     def done(self, final: str) -> None:
         """The file is verified and stands at *final*."""
@@ -67,6 +73,11 @@ class FileView:
         """Whether there is anything to open yet."""
         return self.ready or self._places is not None or self.error is not None
 
+    @property
+    def journal(self) -> Journal | None:
+        """What says which bytes have landed, if the file was opened while it arrived."""
+        return self._journal
+
     def open(self) -> int:
         """Return a descriptor of the data, which stays the view's; waits until there is a file."""
         self._transfer.wait(lambda: self.known)
@@ -74,10 +85,11 @@ class FileView:
             raise self.error
         with self._lock:
             while self._fd < 0:
+                announced = self._announced
                 try:
                     if self.ready and self._final is not None:
                         self._fd = os.open(self._final, os.O_RDONLY | os.O_CLOEXEC)
-                    elif self._places is not None and self._places[1] is not None:
+                    elif self._places is not None:
                         # The journal first: if the owner publishes in between, its state says so for ever.
                         journal = Journal.open(self._places[1])
                         try:
@@ -87,12 +99,15 @@ class FileView:
                             raise
                         self._journal = journal
                         self.generation = journal.generation
-                except FileNotFoundError as e:
+                except (OSError, CacheError) as e:
                     if self.ready:
-                        raise CacheError(f"{self.path} vanished from the cache: {e}") from e
-                    self._lock.release()  # published this moment: the message is on its way
+                        raise CacheError(f"{self.path} cannot be read from the cache: {e}") from e
+                    # Published this moment: the message is on its way. Or damaged, or another user's: its owner goes on.
+                    self._lock.release()
                     try:
-                        self._transfer.wait(lambda: self.ready or self.error is not None)
+                        self._transfer.wait(
+                            lambda seen=announced: self.ready or self.error is not None or self._announced != seen  # type: ignore[misc]
+                        )
                     finally:
                         self._lock.acquire()
                     if self.error is not None:
@@ -107,23 +122,55 @@ class FileView:
         """
         self.open()
         journal = self._journal
-        if journal is None or self.ready or journal.has(span):
+        if journal is None:
             return
+        try:
+            if not (self.ready or journal.has(span)):
+                self._wait_for(span, journal)
+        except ValueError as e:
+            raise FastloadError(f"{self.path} was closed while it was waited for") from e
+        if self.ready and self._is_replaced():
+            if self._used or self._mapping is not None:
+                raise IntegrityError(
+                    f"{self.path}: another process replaced the file while it was read", file=self.path
+                )
+            self.close()
+            self.open()
+        self._used = True
+
+    def _wait_for(self, span: ByteRange, journal: Journal) -> None:
         clock = self._transfer.events.clock
         started_s = clock()
-        asked_s = float("-inf")
+        asked_s, asked = float("-inf"), -1
 
         def interrupted() -> None:
-            nonlocal asked_s
+            nonlocal asked_s, asked
             self._check()
-            if clock() - asked_s > _DEMAND_AGAIN_S:  # two processes may have raced for one place in the table
-                asked_s = clock()
-                journal.demand(span.start)
+            hole = journal.hole(span)
+            # Again after a while: two processes may have raced for one place in the table.
+            if hole is not None and (hole != asked or clock() - asked_s > _DEMAND_AGAIN_S):
+                asked_s, asked = clock(), hole
+                journal.demand(hole)
 
         journal.wait(lambda: self.ready or journal.has(span), interrupted=interrupted)
         self._transfer.events.emit(
             "build.waited", file=self.path, seconds=clock() - started_s, start=span.start, stop=span.stop
         )
+
+    def _is_replaced(self) -> bool:
+        """Tell whether the verified file is another one than the partial one that readers have open.
+
+        So it is when the owner died and somebody who does not know our partial files (huggingface_hub) fetched it.
+        """
+        with self._lock:
+            if self._journal is None or self._final is None or self._settled:
+                return False
+            try:
+                same = os.path.samestat(os.fstat(self._fd), os.stat(self._final))
+            except OSError:
+                return True
+            self._settled = same or self._journal.state is State.VERIFIED
+            return not self._settled
 
     def _check(self) -> None:
         self._transfer.check()
@@ -136,7 +183,7 @@ class FileView:
         self.wait(span)
         data = bytearray(os.pread(self.open(), len(span), span.start))
         journal = self._journal
-        head = journal.head if journal is not None and not self.ready else None
+        head = journal.head if journal is not None else None
         if head is not None and span.start < 8:
             part = head[span.start : span.stop]
             data[: len(part)] = part
@@ -155,13 +202,22 @@ class FileView:
             return memoryview(self._mapping)
 
     def changed(self) -> bool:
-        """Tell whether bytes that were readable before have been thrown away since: the digest did not match."""
-        return self._journal is not None and self._journal.generation != self.generation
+        """Tell whether bytes that were readable before are not those of the file: their digest did not match."""
+        journal = self._journal
+        if journal is None:
+            return False
+        used = self._used or self._mapping is not None
+        return journal.generation != self.generation or (self.ready and used and self._is_replaced())
+
+    @property
+    def unproven(self) -> bool:
+        """Whether somebody may hold bytes of it that are not verified yet."""
+        return self._used and not self.ready
 
     @property
     def delivered(self) -> bool:
         """Whether somebody may hold bytes of it."""
-        return self._mapping is not None
+        return self._mapping is not None or self.copied
 
     def close(self) -> None:
         """Give descriptor and journal back. Tensors on the mapping stay valid."""
@@ -173,6 +229,7 @@ class FileView:
                 os.close(self._fd)
                 self._fd = -1
             self._mapping = None
+            self._used = self._settled = self.copied = False
 
 
 class Transfer:
@@ -195,7 +252,6 @@ class Transfer:
         self.error: FastloadError | None = None
         self.finished = False
         self._changed = threading.Condition()
-        self._callbacks: list[Callable[[], None]] = []
 
     def apply(self, message: dict[str, Any]) -> None:
         """Take in one message of the engine."""
@@ -216,7 +272,7 @@ class Transfer:
                 self.error = self.error or from_record(message["error"])
             elif kind == "finished":
                 self.finished = True
-            self._wake()
+            self._changed.notify_all()
 
     def _take_manifest(self, message: dict[str, Any]) -> None:
         for record in message["files"]:
@@ -234,17 +290,12 @@ class Transfer:
             files=tuple(sorted(self.files)),
         )
 
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        for callback in tuple(self._callbacks):
-            callback()
-
     def fail(self, error: FastloadError) -> None:
         """End every wait, here and in all views, with *error*. The first error stays."""
         with self._changed:
             if self.error is None and not self.finished:
                 self.error = error
-            self._wake()
+            self._changed.notify_all()
 
     def check(self) -> None:
         """Raise if the transfer has failed."""

@@ -116,7 +116,8 @@ class Request:
         source: As the user wrote it.
         patterns: Shell patterns of the files wanted; ``None`` leaves the choice to the plan.
         everything: Without patterns: all files, not only what a framework would read.
-        options: Those of the framework's keyword arguments that choose files: variant, subfolder, use_safetensors.
+        options: Those of the framework's keyword arguments that choose files: variant, subfolder, use_safetensors …, and
+            ``components``: the names of those that may be parts of a pipeline that the caller brings.
         locked: Accept exactly these files; no metadata request is made.
     """
 
@@ -165,9 +166,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class NeedBytes:
-    """A format's answer when the head is too short: ask again with the first ``count`` bytes of the file."""
+    """A format's answer when the head is too short: ask again with the first ``count`` bytes of the file.
+
+    Attributes:
+        count: It takes at least these; a file that is shorter is damaged.
+        likely: As many will probably do; where the file is shorter, all of it.
+    """
 
     count: int
+    likely: int = 0
 
 
 @runtime_checkable
@@ -176,6 +183,9 @@ class Format(Protocol):
 
     ``metadata(head) -> dict[str, str]`` may be there too; it is called with the same head once ``parse`` is content.
     So may ``file_bytes: int``, how long the whole file must be; it is read once ``parse`` is content.
+
+    A format whose files can be read only as a whole has ``load(path) -> Mapping[str, torch.Tensor]``, which gets the final
+    path of the verified file; ``parse`` is then never called, and ``metadata`` is asked after ``load``.
     """
 
     name: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from .device import DTYPES, import_torch, torch_dtype
+from .device import DTYPES, dtype_code, import_torch, torch_dtype
 from .errors import FormatError, NotFoundError, PluginError, UnsupportedSourceError
 from .plugins import call_hook, call_plugin
 from .transfer import Transfer
@@ -26,7 +26,8 @@ class WeightFile:
     """The tensors of one file. Thread-safe; every method may block until the bytes that it needs have landed.
 
     Tensors are zero-copy views of the view's private mapping, one storage each: writing to one changes neither the
-    file nor any other tensor, and a tensor keeps the mapping alive.
+    file nor any other tensor, and a tensor keeps the mapping alive. Tensors of a format that reads whole files alone are
+    what its ``load`` gave; they are no ranges of the file (their spans are empty), which is verified before it is read.
 
     Attributes:
         path: Relative to the snapshot.
@@ -41,6 +42,7 @@ class WeightFile:
         self._lock = threading.Lock()
         self._tensors: dict[str, TensorInfo] | None = None
         self._metadata: dict[str, str] = {}
+        self._loaded: Mapping[str, torch.Tensor] | None = None
 
     def wait_verified(self) -> Path:
         """Block until the file is verified; return its final path."""
@@ -79,6 +81,8 @@ class WeightFile:
     def tensor(self, name: str, index: Any = ...) -> torch.Tensor:
         """Return tensor *name* on the CPU, or the part that *index* selects; waits only for the rows it needs."""
         info = self.info(name)
+        if self._loaded is not None:
+            return self._loaded[name] if isinstance(index, EllipsisType) else self._loaded[name][index]
         whole = self._whole(info)
         self.view.wait(_rows(info.span, whole.shape, index))
         return whole if isinstance(index, EllipsisType) else whole[index]
@@ -105,19 +109,29 @@ class WeightFile:
                 f"{self.path}: no plugin reads this kind of weight file",
                 hint="`fastload plugins` lists what is installed",
             )
+        if (load := getattr(found, "load", None)) is not None:
+            loaded: Mapping[str, torch.Tensor] = call_plugin(found.name, load, self.wait_verified())
+            self._loaded = dict(loaded)
+            nowhere = ByteRange(0, 0)
+            infos = {n: TensorInfo(n, dtype_code(t.dtype), tuple(t.shape), nowhere) for n, t in self._loaded.items()}
+            return infos, _metadata(found, head)
         while isinstance(answer := call_plugin(found.name, found.parse, head), NeedBytes):
             if answer.count > self.view.size:
                 raise FormatError(f"{self.path}: its head claims {answer.count} bytes, the file has {self.view.size}")
             if answer.count <= len(head):
                 raise PluginError(f"{self.path}: {found.name} asks again for bytes that it has", plugin=found.name)
-            head = self.view.read(ByteRange(0, answer.count))
+            head = self.view.read(ByteRange(0, max(answer.count, min(answer.likely, self.view.size))))
         tensors = sorted(answer, key=lambda t: (t.span.start, t.span.stop))
         check_tensors(self.path, self.view.size, tensors)
         expected_bytes = getattr(found, "file_bytes", self.view.size)
         if expected_bytes != self.view.size:
             raise FormatError(f"{self.path}: has {self.view.size} bytes, by its head it should have {expected_bytes}")
-        metadata = getattr(found, "metadata", None)
-        return {t.name: t for t in tensors}, call_plugin(found.name, metadata, head) if metadata is not None else {}
+        return {t.name: t for t in tensors}, _metadata(found, head)
+
+
+def _metadata(found: Format, head: bytes) -> dict[str, str]:
+    metadata = getattr(found, "metadata", None)
+    return dict(call_plugin(found.name, metadata, head)) if metadata is not None else {}
 
 
 class TensorSlice:

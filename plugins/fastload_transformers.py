@@ -7,6 +7,7 @@ like a Hugging Face cache, by the model's own name, so that names, messages, rem
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,8 @@ _DECIDED = {
     "proxies": "set HTTPS_PROXY",
 }
 
-#: One build at a time: while transformers builds a model it changes what torch does in the whole process.
-_building = threading.RLock()
+#: One build at a time: while transformers (or diffusers) builds a model it changes what torch does in the whole process.
+building = threading.RLock()
 
 
 @hookimpl
@@ -33,15 +34,16 @@ def fastload_build_model(
 ) -> object | None:
     """Build the model that ``config.json`` names, or that ``auto_class=`` says.
 
-    Declines other frameworks, and where none was named: diffusers' layouts and repositories without ``architectures``.
+    Declines other frameworks, and where none was named: diffusers' pipelines and repositories without ``architectures``.
 
     Raises:
         UnsupportedSourceError: transformers does not know the class.
         PluginError: transformers is not installed.
     """
-    config = _config(stream, str(options.get("subfolder") or ""))
+    config = read_config(stream, str(options.get("subfolder") or ""))
     if framework is None:
-        if "model_index.json" in snapshot.files or not config.get("architectures"):
+        pipeline = "model_index.json" in snapshot.files and not options.get("subfolder")
+        if pipeline or not config.get("architectures"):
             return None
     elif framework != "transformers":
         return None
@@ -66,7 +68,7 @@ def _import_transformers() -> Any:
     return transformers
 
 
-def _config(stream: TensorStream, subfolder: str) -> dict[str, Any]:
+def read_config(stream: TensorStream, subfolder: str) -> dict[str, Any]:
     """Return ``config.json``; empty where there is none."""
     path = f"{subfolder.strip('/')}/config.json".lstrip("/")
     view = stream.transfer.files.get(path)
@@ -130,19 +132,20 @@ def _load(
     stream.check_shards()
     if not _streams(stream, arguments):
         stream.transfer.wait_files()
+    before = sys.exception()
     try:
-        with stream.served() as path, _building:
-            model = model_class.from_pretrained(**_place(path, snapshot, stream, config), **arguments)
+        with stream.served(**_onward(arguments)) as path, building:
+            model = model_class.from_pretrained(**place_of(path, snapshot, stream, config), **arguments)
             whole = path == snapshot.path
-        if not whole and _offloaded(model):
+        if not whole and is_offloaded(model):
             # Offloaded weights are read later, from the path: it must be one that stays.
             stream.transfer.wait_files()
             del model
-            with _building:
-                place = _place(snapshot.path, snapshot, stream, config)
+            with building:
+                place = place_of(snapshot.path, snapshot, stream, config)
                 model = model_class.from_pretrained(**place, **arguments)
     except Exception as e:  # the framework may have wrapped our error in one of its own
-        error = _failure(stream)
+        error = failure(stream, e, before)
         if error is not None and error is not e:
             raise error from e
         raise
@@ -160,12 +163,26 @@ def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
     return any(path.endswith(".safetensors") for path in stream.files())
 
 
-def _offloaded(result: Any) -> bool:
+def _onward(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how tensors are to be served, given where from_pretrained will send each that it takes out of a file."""
+    import torch
+
+    device_map = arguments.get("device_map")
+    if device_map is None or not torch.cuda.is_available():
+        return {}
+    if isinstance(device_map, dict):
+        return {"defer": True, "ahead": device_map.get("") if len(device_map) == 1 else None}
+    named = not isinstance(device_map, str) or device_map.partition(":")[0] in ("cpu", "cuda")
+    return {"defer": True, "ahead": device_map if named else None}
+
+
+def is_offloaded(result: Any) -> bool:
+    """Tell whether the model, or the first of what from_pretrained returned, has weights that are read from disk later."""
     model = result[0] if isinstance(result, tuple) else result
     return "disk" in (getattr(model, "hf_device_map", None) or {}).values()
 
 
-def _place(path: Path, snapshot: Snapshot, stream: TensorStream, config: Mapping[str, Any]) -> dict[str, Any]:
+def place_of(path: Path, snapshot: Snapshot, stream: TensorStream, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that make from_pretrained read from *path*, by the model's name where that is possible."""
     if path.parts[-3:] != ("models--" + snapshot.source.replace("/", "--"), "snapshots", snapshot.commit):
         return {"pretrained_model_name_or_path": path}
@@ -181,7 +198,22 @@ def _place(path: Path, snapshot: Snapshot, stream: TensorStream, config: Mapping
     }
 
 
-def _failure(stream: TensorStream) -> FastloadError | None:
-    """Return the error of the transfer, or of one of its files."""
+def failure(stream: TensorStream, raised: BaseException, before: BaseException | None) -> FastloadError | None:
+    """Return our error behind *raised*: of the transfer, of one of its files, or one that the framework wrapped.
+
+    Args:
+        before: What was being handled when the framework was called; what lies behind it is no concern of ours.
+    """
     views = stream.transfer.files.values()
-    return stream.transfer.error or next((view.error for view in views if view.error is not None), None)
+    found = stream.transfer.error or next((view.error for view in views if view.error is not None), None)
+    behind: BaseException | None = raised
+    while found is None and behind is not None and behind is not before:
+        if isinstance(behind, FastloadError):
+            found = behind
+        elif type(behind).__name__ == "SafetensorError":  # of a file that was complete: ours names it
+            try:
+                stream.metadata()
+            except FormatError as e:
+                found = e
+        behind = behind.__cause__ or behind.__context__
+    return found

@@ -6,6 +6,7 @@ It does what the engine does on disk (partial file, journal, publishing) and tel
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,16 @@ class Arrival:
         self.transfer.close()
         for journal in self.journals.values():
             journal.close()
+
+
+def finish_on_demand(arrival: Arrival, ended: threading.Event) -> bool:
+    """Finish *arrival* once a reader waits for any of its bytes, or *ended* is set; return whether one did."""
+    waited = False
+    while not waited and not ended.is_set():
+        waited = any(journal.take_demands() for journal in arrival.journals.values())
+        os.sched_yield()
+    arrival.finish()
+    return waited
 
 
 def demanded(arrival: Arrival, name: str) -> int:

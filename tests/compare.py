@@ -16,6 +16,29 @@ def diff_models(a: Any, b: Any) -> list[str]:
     return list(_differences(a, b))
 
 
+def diff_pipelines(a: Any, b: Any) -> list[str]:
+    """Return every difference of two diffusers pipelines as a line: their configs, and each component down to its bits."""
+    found = [] if type(a) is type(b) else [f"class: {type(a)} / {type(b)}"]
+    found += _diff_configs("pipeline", a.config, b.config)
+    found += _diff_keys("components", a.components, b.components)
+    for name in a.components.keys() & b.components.keys():
+        x, y = a.components[name], b.components[name]
+        found += [f"{name}: {line}" for line in (_differences(x, y) if hasattr(x, "state_dict") else _diff_plain(x, y))]
+    return found
+
+
+def _diff_plain(a: Any, b: Any) -> Iterator[str]:
+    """Compare schedulers, tokenizers and processors: what they are and all that they know in plain values."""
+    if type(a) is not type(b):
+        yield f"class: {type(a)} / {type(b)}"
+    elif a is not None:
+        of_a, of_b = vars(a), vars(b)
+        yield from _diff_keys("attributes", of_a, of_b)
+        yield from (f"{key}: {of_a[key]!r} / {of_b[key]!r}" for key in of_a if not _alike(of_a[key], of_b.get(key)))
+        if hasattr(a, "get_vocab") and a.get_vocab() != b.get_vocab():
+            yield "vocabulary"
+
+
 def _differences(a: Any, b: Any) -> Iterator[str]:
     if type(a) is not type(b):
         yield f"class: {type(a)} / {type(b)}"

@@ -265,6 +265,9 @@ def test_an_error_is_a_json_document_on_stdout(run: Run, hub: Hub):
         ([], "COMMAND"),
         (["prefetch"], "SOURCE"),
         (["load"], "SOURCE"),
+        (["exec"], "SOURCE"),
+        (["exec", "org/tiny"], "COMMAND"),
+        (["profile"], "compare"),
         (["load", "one", "two"], "two"),
         (["lock"], "SOURCE"),
         (["prefetch", "org/tiny", "--set", "connections"], "NAME=VALUE"),
@@ -300,7 +303,7 @@ def test_what_a_framework_prints_stays_out_of_the_result(run: Run, monkeypatch: 
 
 def test_version_and_help(run: Run):
     assert run("--version")[1].startswith("fastload ")
-    for command in ([], ["prefetch"], ["load"], ["verify"], ["lock"], ["plugins"], ["settings"]):
+    for command in ([], *([name] for name in cli._COMMANDS)):
         code, out, _ = run(*command, "--help")
         assert (code, out.startswith("usage: fastload")) == (0, True)
 

@@ -209,4 +209,4 @@ def test_only_settings_reads_the_environment():
             ):
                 readers.add(path.relative_to(folder).as_posix())
     shipped = {reader for reader in readers if not reader.startswith("testing/")}
-    assert shipped == {"settings.py", "plugins.py", "cli.py"}
+    assert shipped == {"settings.py", "plugins.py", "cli.py", "builtin/opentelemetry.py"}  # TRACEPARENT

@@ -53,7 +53,7 @@ class LocalSource:
 def fastload_source(uri: str, revision: str | None, settings: Settings) -> LocalSource | None:
     """Take an existing folder; say so when a path does not exist."""
     path = Path(uri.removeprefix("file://")).expanduser()
-    if path.is_dir():
+    if uri and path.is_dir():
         return LocalSource(uri, uri, "main", "", path.absolute())
     if uri.startswith(("/", "./", "../", "~", "file://")):
         raise NotFoundError(f"{path} is not a folder", hint="a source is a folder, org/name or org/name@revision")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+from ..coldstart import of_load
 from ..events import Event, log
 from ..hookspecs import hookimpl
+from ..measured import Profile
+from ..phases import megabytes
 
 if TYPE_CHECKING:
     from ..events import Observer
@@ -13,19 +17,27 @@ if TYPE_CHECKING:
 
 
 @hookimpl
-def fastload_observer(source: str, settings: Settings) -> Observer:
+def fastload_observer(source: str, settings: Settings) -> Observer | None:
     """Log at INFO how a load of *source* ended, and what it had to repeat; the program decides who sees it."""
-    travelled_bytes = 0
+    if not log.isEnabledFor(logging.INFO):
+        return None
+    profile = Profile(source)
 
     def observe(event: Event) -> None:
-        nonlocal travelled_bytes
-        if event.name == "transfer.finished":
-            travelled_bytes = event.data["bytes"]
-        elif event.name == "range.retried":
+        profile.observe(event)
+        if event.name == "range.retried":
             log.info("%s: again in %.1f s: %s", event.file, event.data["wait_s"], event.data["reason"])
-        elif event.name == "load.finished":
-            log.info("%s: ready in %.2f s, %.1f MB travelled", source, event.seconds, travelled_bytes / 1e6)
-        elif event.name == "load.failed":
-            log.info("%s: failed after %.2f s: %s", source, event.seconds, event.data["error"])
+        elif event.name in ("load.finished", "load.failed"):
+            log.info("%s", line(profile))
 
     return observe
+
+
+def line(profile: Profile) -> str:
+    """Return one line: how the load ended, after how long, and what took that time."""
+    end = f"failed ({profile.error[0]}) after" if profile.error else "ready in"
+    shared = of_load(profile)
+    parts = ", ".join(f"{s.name} {s.seconds:.2f}" for s in shared.shares if s.seconds >= 0.005)
+    hidden = f"; {shared.hidden_s:.2f} s hidden" if shared.hidden_s >= 0.005 else ""
+    travelled = f"{megabytes(profile.travelled_bytes)} MB travelled"
+    return f"{profile.source}: {end} {profile.total_s:.2f} s ({parts or 'nothing to do'}{hidden}), {travelled}"

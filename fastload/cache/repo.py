@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -231,8 +232,12 @@ class RepoCache:
 
     # -- revisions, listings, absences --------------------------------------------------------------------------------
 
-    async def write_ref(self, revision: str, commit: str) -> None:
-        """Remember that *revision* is *commit*. Call it once the snapshot exists: a ref to nothing counts as damage."""
+    async def write_ref(self, revision: str, commit: str, *, executor: Executor | None = None) -> None:
+        """Remember that *revision* is *commit*. Call it once the snapshot exists: a ref to nothing counts as damage.
+
+        Args:
+            executor: Threads for the disk; ``None``: the loop's own.
+        """
         check_path(revision, "revision")
         if revision == commit:
             return
@@ -243,17 +248,17 @@ class RepoCache:
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
         with disk("write", path):
             with suppress(OSError, UnicodeDecodeError):  # none, or none that can be read: it is written
-                async with aiofiles.open(path, encoding="utf-8") as file:
+                async with aiofiles.open(path, encoding="utf-8", executor=executor) as file:
                     if await file.read() == commit:
                         return  # the cache may be read-only
-            await aiofiles.os.makedirs(path.parent, exist_ok=True)
+            await aiofiles.os.makedirs(path.parent, exist_ok=True, executor=executor)
             try:
-                async with aiofiles.open(temporary, "w", encoding="utf-8") as file:
+                async with aiofiles.open(temporary, "w", encoding="utf-8", executor=executor) as file:
                     await file.write(commit)
-                await aiofiles.os.replace(temporary, path)
+                await aiofiles.os.replace(temporary, path, executor=executor)
             except OSError:
                 with suppress(OSError):
-                    await aiofiles.os.unlink(temporary)
+                    await aiofiles.os.unlink(temporary, executor=executor)
                 raise
 
     def read_ref(self, revision: str | None) -> str | None:
@@ -267,7 +272,7 @@ class RepoCache:
         except (OSError, UnicodeDecodeError):
             return None
 
-    async def write_no_exist(self, commit: str, paths: Iterable[str]) -> None:
+    async def write_no_exist(self, commit: str, paths: Iterable[str], *, executor: Executor | None = None) -> None:
         """Remember that *commit* has no file at *paths*, so that nobody asks again."""
         import aiofiles
         import aiofiles.os
@@ -277,8 +282,8 @@ class RepoCache:
         for path in paths:
             check_path(path)
             with disk("write", folder / path):
-                await aiofiles.os.makedirs((folder / path).parent, exist_ok=True)
-                async with aiofiles.open(folder / path, "a"):
+                await aiofiles.os.makedirs((folder / path).parent, exist_ok=True, executor=executor)
+                async with aiofiles.open(folder / path, "a", executor=executor):
                     pass
 
     def known_missing(self, commit: str, path: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import safetensors  # noqa: E402
-from arrival import Arrival, demanded  # noqa: E402
+from arrival import Arrival, demanded, finish_on_demand  # noqa: E402
 from compare import diff_models  # noqa: E402
 from fastload_transformers import fastload_build_model  # noqa: E402
 
@@ -107,21 +106,13 @@ class Builder:
             arrival.land(name, 0, 1)
         ended = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            waited = pool.submit(self._finish_on_demand, arrival, ended)
+            waited = pool.submit(finish_on_demand, arrival, ended)
             try:
                 model = self.build(arrival, **options)
             finally:
                 ended.set()
             assert waited.result(), "the build did not wait for a byte: nothing was streamed"
         return model, arrival
-
-    def _finish_on_demand(self, arrival: Arrival, ended: threading.Event) -> bool:
-        waited = False
-        while not waited and not ended.is_set():
-            waited = any(journal.take_demands() for journal in arrival.journals.values())
-            os.sched_yield()
-        arrival.finish()
-        return waited
 
     def plain(self, arrival: Arrival, model_class: Any, **options: Any) -> Any:
         """Load the usual way, by name."""

@@ -1,0 +1,215 @@
+"""Builds diffusers pipelines and models: their own ``from_pretrained`` runs while the weights still arrive.
+
+What it returns is what ``from_pretrained("org/model")`` returns, bit for bit. The weights of all components travel at once;
+the framework takes one component after the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastload_transformers import building, failure, is_offloaded, place_of, read_config
+
+from fastload.errors import PluginError, SettingsError, UnsupportedSourceError
+from fastload.hookspecs import hookimpl
+from fastload.tensors import TensorStream
+from fastload.types import Snapshot
+
+#: What from_pretrained takes and fastload decides, and what to say instead.
+_DECIDED = {
+    "force_download": "fastload never loads a file whose digest does not match; delete the cached one if you must",
+    "proxies": "set HTTPS_PROXY",
+}
+_FRAMEWORKS = ("diffusers", "transformers", "torch")
+#: Arguments with which from_pretrained reads whole files by ways of its own.
+_BYPASSING = ("disable_mmap", "use_flashpack", "use_onnx")
+
+
+@hookimpl
+def fastload_build_model(
+    framework: str | None, snapshot: Snapshot, stream: TensorStream, options: Mapping[str, Any]
+) -> object | None:
+    """Build the pipeline of ``model_index.json``, or the model whose ``config.json`` names a class of diffusers.
+
+    Declines other frameworks, and where none was named: folders that have neither.
+
+    Raises:
+        UnsupportedSourceError: diffusers does not know the class.
+        PluginError: diffusers is not installed.
+    """
+    if framework not in (None, "diffusers"):
+        return None
+    subfolder = str(options.get("subfolder") or "")
+    pipeline = "model_index.json" in snapshot.files and not subfolder.strip("/")
+    config = {} if pipeline else read_config(stream, subfolder)
+    if framework is None and not pipeline and not isinstance(config.get("_class_name"), str):
+        return None
+    for name in _DECIDED.keys() & options.keys():
+        raise SettingsError(f"{name}= is for fastload to decide, not for from_pretrained", hint=_DECIDED[name])
+    diffusers = _import_diffusers()
+    rest = dict(options)
+    chosen = rest.pop("auto_class", None) or ("DiffusionPipeline" if pipeline else config.get("_class_name"))
+    if chosen is None or isinstance(chosen, str):
+        chosen = _class(diffusers, snapshot, chosen)
+    device = rest.pop("device", None)
+    _take_dtype(rest)
+    built = _load(chosen, snapshot, stream, config, rest, pipeline=pipeline)
+    if device is not None and str(device) != "cpu" and rest.get("device_map") is None:
+        whole: Any = built[0] if isinstance(built, tuple) else built  # with output_loading_info
+        whole.to(device)
+    return built
+
+
+def _import_diffusers() -> Any:
+    try:
+        import diffusers
+        import torch  # noqa: F401  (diffusers can be imported without it, and then has no models)
+    except ImportError as e:
+        raise PluginError(
+            f"building this model needs torch and diffusers: {e}",
+            plugin="diffusers",
+            hint='pip install "fastload-weights[diffusers]"',
+        ) from e
+    return diffusers
+
+
+def _class(diffusers: Any, snapshot: Snapshot, name: str | None) -> Any:
+    """Return the class of diffusers that is called *name*."""
+    found = getattr(diffusers, name, None) if name else None
+    if found is not None and hasattr(found, "from_pretrained"):
+        return found
+    if not name:
+        raise UnsupportedSourceError(
+            f"{snapshot.source}: config.json names no class of diffusers",
+            hint='pass auto_class="UNet2DConditionModel" or another class, or framework="transformers"',
+        )
+    raise UnsupportedSourceError(
+        f"{snapshot.source}: diffusers {diffusers.__version__} has no class {name!r}", hint="upgrade diffusers"
+    )
+
+
+def _take_dtype(options: dict[str, Any]) -> None:
+    """Let ``dtype`` be what from_pretrained takes: types of torch, one or a table of them; ``torch_dtype`` goes before it."""
+    import torch
+
+    def parse(dtype: Any) -> Any:
+        found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        return found if isinstance(found, torch.dtype) else dtype  # diffusers has its own words for others
+
+    dtype = options.pop("dtype", None)
+    if dtype is not None and options.get("torch_dtype") is None:
+        options["dtype"] = {k: parse(v) for k, v in dtype.items()} if isinstance(dtype, dict) else parse(dtype)
+
+
+def _load(
+    chosen: Any,
+    snapshot: Snapshot,
+    stream: TensorStream,
+    config: Mapping[str, Any],
+    arguments: dict[str, Any],
+    *,
+    pipeline: bool,
+) -> object:
+    def build(path: Path) -> Any:
+        # A pipeline's components are named by their folders in any case, so it is loaded from a folder at once.
+        place = _folder(path, snapshot) if pipeline else place_of(path, snapshot, stream, config)
+        return chosen.from_pretrained(place.pop("pretrained_model_name_or_path"), **place, **arguments)
+
+    stream.check_shards()
+    if not _streams(stream, arguments):
+        stream.transfer.wait_files()
+    before = sys.exception()
+    try:
+        with stream.served() as path, building:
+            built = build(path)
+        if path != snapshot.path and any(map(is_offloaded, _models(built))):
+            # Offloaded weights are read later, from the path: it must be one that stays.
+            stream.transfer.wait_files()
+            del built
+            path = snapshot.path
+            with building:
+                built = build(path)
+    except Exception as e:  # the framework may have wrapped our error in one of its own
+        error = failure(stream, e, before)
+        if error is not None and error is not e:
+            raise error from e
+        raise
+    stream.check_index()
+    if pipeline:
+        _rename(built, str(path), snapshot)
+    return built
+
+
+def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether from_pretrained will read the weights through ``safe_open``, and not again after it returned."""
+    if arguments.get("use_safetensors") is False or any(arguments.get(name) for name in _BYPASSING):
+        return False
+    device_map = arguments.get("device_map")
+    if isinstance(device_map, dict) and "disk" in device_map.values():
+        return False
+    return any(path.endswith(".safetensors") for path in stream.files())
+
+
+def _folder(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Return the arguments that make a pipeline come from *path*, and other repositories from the cache of *snapshot*."""
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
+    if snapshot.path.parts[-2:] == ("snapshots", snapshot.commit):
+        place["cache_dir"] = snapshot.path.parents[2]
+    return place
+
+
+def _models(built: Any) -> list[Any]:
+    return list(getattr(built, "components", {"": built}).values())
+
+
+# -- names of folders ----------------------------------------------------------------------------------------------
+
+
+def _rename(pipeline: Any, served: str, snapshot: Snapshot) -> None:
+    """Put the pipeline's name, and the snapshot's path, where from_pretrained left that of the folder it read from."""
+    from_hub = snapshot.path.parts[-2:] == ("snapshots", snapshot.commit)
+    pipeline.register_to_config(_name_or_path=snapshot.source if from_hub else str(snapshot.path))
+    if served == str(snapshot.path):
+        return
+    for part in _parts(list(pipeline.components.values())):
+        if isinstance(part, dict):
+            part.update(_renamed(part, served, snapshot))
+        else:
+            vars(part).update(_renamed(vars(part), served, snapshot))
+            if hasattr(part, "register_to_config"):  # frozen
+                part.register_to_config(**_renamed(part.config, served, snapshot))
+
+
+def _renamed(names: Mapping[Any, Any], served: str, snapshot: Snapshot) -> dict[Any, Any]:
+    paths = {key: value for key, value in names.items() if isinstance(value, str) and value.startswith(served)}
+    return {key: f"{snapshot.path}{value[len(served) :]}" for key, value in paths.items()}
+
+
+def _parts(roots: list[Any]) -> Iterator[Any]:
+    """Yield all objects and dicts of the frameworks that hang on *roots*."""
+    seen: set[int] = set()
+    left = list(roots)
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, list | tuple):
+            left += part
+        elif type(part) is dict:
+            left += part.values()
+            yield part
+        elif _is_theirs(part):
+            left += vars(part).values()
+            if not isinstance(part, dict):
+                yield part
+
+
+def _is_theirs(part: Any) -> bool:
+    """Tell whether *part* is an object of a framework, or of a class derived from one of its own."""
+    if isinstance(part, type) or not hasattr(part, "__dict__"):
+        return False
+    return any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in type(part).__mro__)

@@ -1,0 +1,259 @@
+"""The public calls, from a hub to the device: cold, warm, resumed, shared; and what from_pretrained gives, there."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from compare import diff_models  # noqa: E402
+from device_weights import bits, write, wrong  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import fastload  # noqa: E402
+from fastload.errors import DeviceError, DownloadError, IntegrityError  # noqa: E402
+from fastload.testing import Fault, Hub  # noqa: E402
+
+#: Small and impatient, as in the tests of the engine.
+QUICK = {"range_bytes": 64 << 10, "ring_bytes": 512 << 10, "pinned_bytes": 256 << 10, "attempts": 2, "stall_s": 1}
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Two shards of 800 kB."""
+    folder = tmp_path / "weights"
+    source = torch.Generator().manual_seed(3)
+    for shard in "ab":
+        tensors = {f"{shard}.{i}": torch.randn(100 * i, 200, generator=source) for i in range(1, 5)}
+        write({**tensors, f"{shard}.scalar": torch.tensor(1.0)}, folder / f"model-{shard}.safetensors")
+    return folder
+
+
+def of(folder: Path) -> dict[str, Any]:
+    """Return what the files of *folder* hold."""
+    return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
+
+
+@pytest.fixture
+def serve(make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
+    """Serve a folder as ``org/m``; HF_ENDPOINT points there."""
+
+    def serve(folder: Path, **options: Any) -> Hub:
+        hub = make_hub({"org/m": folder}, **options)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        return hub
+
+    return serve
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_cold_and_warm_loads_give_the_tensors_on_the_device(weights: Path, serve: Callable[..., Hub]) -> None:
+    serve(weights)
+    for _ in range(2):
+        got = fastload.load_tensors("org/m", device="cuda", settings=QUICK)
+        assert not wrong(got, of(weights))
+        assert all(tensor.is_cuda for tensor in got.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_casts_are_those_of_the_host(weights: Path, serve: Callable[..., Hub], dtype: Any) -> None:
+    serve(weights)
+    got = fastload.load_tensors("org/m", device="cuda", dtype=dtype, settings={**QUICK, "verify_device": True})
+    assert not wrong(got, of(weights), getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def test_resumed_load_gives_the_same(weights: Path, serve: Callable[..., Hub]) -> None:
+    hub = serve(weights, faults=[Fault("truncate", path="model-b.safetensors", offset=600_000)])
+    with pytest.raises(DownloadError):
+        fastload.load_tensors("org/m", device="cuda", settings=QUICK)
+    hub.script()
+    assert not wrong(fastload.load_tensors("org/m", device="cuda", settings=QUICK), of(weights))
+
+
+def test_two_loads_at_once_share_the_download_and_not_the_tensors(weights: Path, serve: Callable[..., Hub]) -> None:
+    hub = serve(weights)
+    with ThreadPoolExecutor() as pool:
+        loads = [pool.submit(fastload.load_tensors, "org/m", device="cuda", settings=QUICK) for _ in range(2)]
+        one, other = (load.result() for load in loads)
+    assert not wrong(one, of(weights))
+    assert not wrong(other, of(weights))
+    assert not {t.data_ptr() for t in one.values()} & {t.data_ptr() for t in other.values()}
+    asked = [request.path for request in hub.requests if request.file == "model-a.safetensors"]
+    assert len(asked) <= 2 * (800_000 // QUICK["range_bytes"])
+
+
+def test_corrupt_range_is_fetched_anew_and_the_device_gets_the_right_one(
+    weights: Path, serve: Callable[..., Hub]
+) -> None:
+    serve(weights, faults=[Fault("flip", path="model-a.safetensors", offset=300_000, times=1)])
+    assert not wrong(fastload.load_tensors("org/m", device="cuda", settings=QUICK), of(weights))
+
+
+def test_stream_of_corrupt_bytes_says_so_at_its_end(weights: Path, serve: Callable[..., Hub]) -> None:
+    serve(weights, faults=[Fault("flip", path="model-a.safetensors", offset=300_000, times=1)])
+    with (
+        pytest.raises(IntegrityError),
+        fastload.stream("org/m", device="cuda", settings=QUICK) as stream,
+    ):
+        list(stream)
+
+
+def test_stream_gives_owned_tensors_in_order(weights: Path, serve: Callable[..., Hub]) -> None:
+    serve(weights)
+    with fastload.stream("org/m", device="cuda", settings=QUICK) as stream:
+        kept = list(stream)
+    assert not wrong(dict(kept), of(weights))
+    assert [name[0] for name, _ in kept] == ["a"] * 5 + ["b"] * 5
+
+
+async def test_twins_give_the_same(weights: Path, serve: Callable[..., Hub]) -> None:
+    serve(weights)
+    assert not wrong(await fastload.aload_tensors("org/m", device="cuda", settings=QUICK), of(weights))
+    async with fastload.astream("org/m", device="cuda", settings=QUICK) as stream:
+        kept = {name: tensor async for name, tensor in stream}
+    assert not wrong(kept, of(weights))
+
+
+def test_failing_copy_fails_the_call(weights: Path, serve: Callable[..., Hub], fake: ModuleType) -> None:
+    serve(weights)
+    with fake.settings(fail_copy_at=3, fail_code=1, fail_kind="h2d"), pytest.raises(DeviceError):
+        fastload.load_tensors("org/m", device="cuda", settings=QUICK)
+    assert not wrong(fastload.load_tensors("org/m", device="cuda", settings=QUICK), of(weights))
+
+
+def plain(**options: Any) -> Any:
+    """Load ``org/tiny`` the usual way, from the cache that fastload filled."""
+    cache = Path(os.environ["HF_HOME"]) / "hub"
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(
+        "org/tiny", cache_dir=cache, local_files_only=True, **options
+    )
+    return model
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.float16}, {"dtype": "float32"}, {"device_map": "auto"}, {"device_map": "cuda:0"}],
+    ids=str,
+)
+def test_model_is_that_of_from_pretrained(tiny_model: Path, hub: Hub, options: dict[str, Any]) -> None:
+    device = {} if "device_map" in options else {"device": "cuda"}
+    ours = [fastload.load("org/tiny", **device, settings=QUICK, **options) for _ in range(2)]  # cold, warm
+    theirs = plain(**{"device_map": {"": "cuda"}, **options})
+    for model in ours:
+        assert not diff_models(model, theirs)
+        assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+
+
+def test_model_on_two_devices_is_that_of_from_pretrained(hub: Hub, cuda: Any) -> None:
+    if cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1,
+                  "model.rotary_emb": 0, "lm_head": 1}  # fmt: skip
+    ours = fastload.load("org/tiny", device_map=device_map, settings=QUICK)
+    theirs = plain(device_map=device_map)
+    assert {str(p.device) for p in ours.parameters()} == {str(p.device) for p in theirs.parameters()}
+    different = [d for d in diff_models(ours, theirs) if "_hf_hook" not in d and "forward" not in d]
+    assert not different
+
+
+def test_weights_of_a_model_come_from_page_locked_memory(hub: Hub, fake: ModuleType) -> None:
+    fastload.prefetch("org/tiny")
+    fake.reset()
+    model = fastload.load("org/tiny", device="cuda", settings=QUICK)
+    size = sum(p.nbytes for p in model.parameters())
+    assert fake.stat("h2d_bytes") >= size
+    # What transformers makes itself (buffers) may come from elsewhere.
+    assert fake.stat("pageable_copies") <= len(list(model.buffers()))
+
+
+def test_nothing_is_on_the_device_before_the_framework_reads(hub: Hub, fake: ModuleType) -> None:
+    order: list[str] = []
+    warmup = transformers.modeling_utils.caching_allocator_warmup
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        order.append(f"warm-up after {fake.stat('h2d_copies')} copies")
+        warmup(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.modeling_utils, "caching_allocator_warmup", noted)
+        before = fake.stat("h2d_copies")
+        fastload.load("org/tiny", device="cuda", settings=QUICK)
+    assert order == [f"warm-up after {before} copies"]
+
+
+def test_model_that_does_not_fit_is_our_error_and_leaves_nothing(hub: Hub, fake: ModuleType, cuda: Any) -> None:
+    gc.collect()
+    cuda.empty_cache()
+    allocated = cuda.memory_allocated()
+    with fake.settings(oom_bytes=fake.stat("device_used") + 1):
+        with pytest.raises(DeviceError, match="out of memory") as caught:
+            fastload.load("org/tiny", device="cuda", settings=QUICK)
+        gc.collect()
+        assert cuda.memory_allocated() == allocated
+        assert "free" in str(caught.value)
+
+
+def test_copy_that_fails_while_a_model_is_built_is_our_error(hub: Hub, fake: ModuleType) -> None:
+    for n in (1, 5, 12):
+        with fake.settings(fail_copy_at=n, fail_code=1, fail_kind="h2d"), pytest.raises(DeviceError):
+            fastload.load("org/tiny", device="cuda", settings=QUICK)
+
+
+def test_safe_open_of_an_arriving_file_puts_tensors_on_its_device(
+    weights: Path, start: Any, open_stream: Any, fake: ModuleType
+) -> None:
+    arrival = start(folder=weights)
+    for name in arrival.weights:
+        arrival.land_head(name)
+    want = of(weights)
+    with open_stream(arrival, "cpu").served() as path, ThreadPoolExecutor() as pool:
+        with safe_open(path / "model-a.safetensors", framework="pt", device="cuda:0") as handle:
+            waiting = pool.submit(handle.get_tensor, "a.4")
+            arrival.land("model-a.safetensors")
+            one = waiting.result()
+            everything = dict(load_file(path / "model-a.safetensors", device="cuda"))
+            assert fake.stat("pageable_copies") == 0
+            assert bits(one) == bits(want["a.4"])
+            assert bits(handle.get_slice("a.3")[5:7]) == bits(want["a.3"][5:7])
+            assert one.device == torch.device("cuda:0")
+        assert not wrong(everything, {n: t for n, t in want.items() if n[0] == "a"})
+
+
+def test_stand_in_behaves_as_the_tensor_it_stands_for(weights: Path, start: Any, open_stream: Any) -> None:
+    arrival = start(folder=weights)
+    arrival.finish()
+    want = of(weights)["a.2"]
+    with (
+        open_stream(arrival, "cpu").served(defer=True) as path,
+        safe_open(path / "model-a.safetensors", framework="pt") as handle,
+    ):
+
+        def one() -> Any:
+            return handle.get_slice("a.2")[...]
+
+        assert (one().shape, one().dtype, str(one().device)) == (want.shape, want.dtype, "cpu")
+        for use in (
+            lambda t: t.to("cpu"), lambda t: t[3:5], lambda t: t + 1, lambda t: t.detach(), lambda t: t.half(),
+            lambda t: torch.stack([t, t]), lambda t: torch.empty_like(t).copy_(t), lambda t: t.to(torch.float64),
+            lambda t: t.to("cuda").cpu(), lambda t: t.to(device="cuda", dtype=torch.bfloat16).cpu(),
+            lambda t: t.cuda().cpu(), lambda t: t.to(0).cpu(), lambda t: t.to(torch.empty(1, device="cuda")).cpu(),
+        ):  # fmt: skip
+            got = use(one())
+            assert type(got) is torch.Tensor
+            assert torch.equal(got, use(want))
+        assert one().numpy().tobytes() == want.numpy().tobytes()

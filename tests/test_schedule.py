@@ -1,0 +1,105 @@
+"""Which range next."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+from fastload.cache import RepoCache
+from fastload.download import Download
+from fastload.journal import BLOCK_BYTES
+from fastload.schedule import Schedule
+from fastload.types import ByteRange, Digest, RemoteFile
+
+PIECE = BLOCK_BYTES
+
+
+class Journal:
+    """As far as a schedule looks into one."""
+
+    def __init__(self) -> None:
+        self.demands: list[int] = []
+
+    def take_demands(self) -> list[int]:
+        taken, self.demands = self.demands, []
+        return taken
+
+
+def download(name: str, blocks: int) -> Download:
+    digest = Digest("sha256", name.encode().hex().ljust(64, "0"))
+    made = Download(RemoteFile(name, blocks * PIECE, digest), digest, RepoCache(Path("/nowhere"), "org/m"), "c" * 40)
+    made.paths.append(name)
+    made.pending = deque(ByteRange(n * PIECE, (n + 1) * PIECE) for n in range(blocks))
+    made.journal = Journal()  # type: ignore[assignment]
+    return made
+
+
+def taken(schedule: Schedule, count: int = 1000) -> list[str]:
+    found: list[str] = []
+    while len(found) < count and (job := schedule.next(PIECE)) is not None:
+        found.append(f"{job[0].paths[0]}{job[1].start // PIECE}")
+    return found
+
+
+def demand(wanted: Download, *blocks: int) -> None:
+    wanted.journal.demands += [n * PIECE + 5 for n in blocks]  # type: ignore[union-attr]
+
+
+def test_small_files_first_then_a_few_large_ones_in_file_order():
+    schedule = Schedule(shards=2)
+    for name, blocks in (("a", 3), ("b", 2), ("c", 2)):
+        schedule.add_large(download(name, blocks))
+    schedule.add_small(download("s", 1))
+    schedule.add_small(download("t", 1))
+    order = taken(schedule)
+    assert order[:2] == ["s0", "t0"]
+    assert [x for x in order if x[0] == "a"] == ["a0", "a1", "a2"]
+    assert set(order[2:5]) < {"a0", "a1", "b0", "b1"}  # two at a time
+    assert order.index("c0") > order.index("b1") or order.index("c0") > order.index("a2")
+    assert schedule.next(PIECE) is None
+
+
+def test_what_a_reader_waits_for_comes_next_and_what_follows_it_after_that():
+    schedule = Schedule(shards=1)
+    schedule.add_large(first := download("a", 3))
+    schedule.add_large(second := download("b", 6))
+    schedule.add_small(download("s", 1))
+    demand(second, 3)
+    assert taken(schedule, 2) == ["b3", "s0"]
+    assert taken(schedule, 3) == ["a0", "a1", "a2"]
+    assert taken(schedule) == ["b4", "b5", "b0", "b1", "b2"]
+    assert not first.pending
+
+
+def test_the_oldest_wish_comes_first_and_none_is_lost():
+    schedule = Schedule(shards=1)
+    schedule.add_large(only := download("a", 8))
+    demand(only, 6, 2, 4)
+    assert taken(schedule) == ["a6", "a2", "a4", "a7", "a0", "a1", "a3", "a5"]
+
+
+def test_a_wish_for_what_is_in_flight_or_out_of_reach_changes_nothing():
+    schedule = Schedule(shards=1)
+    schedule.add_large(only := download("a", 4))
+    assert taken(schedule, 1) == ["a0"]
+    demand(only, 0, 99)
+    assert taken(schedule) == ["a1", "a2", "a3"]
+
+
+def test_a_wish_within_a_long_range_cuts_it_where_the_reader_stands():
+    schedule = Schedule(shards=1)
+    schedule.add_large(only := download("a", 0))
+    only.pending = deque([ByteRange(0, 8 * PIECE)])
+    demand(only, 5)
+    job = schedule.next(PIECE)
+    assert job is not None and job[1] == ByteRange(5 * PIECE, 6 * PIECE)
+    rest = {n for _, s in iter(lambda: schedule.next(PIECE), None) for n in range(s.start // PIECE, s.stop // PIECE)}
+    assert rest == {0, 1, 2, 3, 4, 6, 7}
+
+
+def test_a_file_that_is_complete_is_asked_for_no_more():
+    schedule = Schedule(shards=1)
+    schedule.add_large(first := download("a", 2))
+    schedule.add_large(download("b", 1))
+    schedule.remove(first)
+    assert taken(schedule) == ["b0"]
