@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .cache import RepoCache
 from .delivery import Delivery
 from .download import Download
 from .errors import CacheError, FastloadError, OfflineError, SourceError, to_record
-from .events import Events
+from .events import Events, log
 from .fetch import Fetcher
 from .http import HttpClient
 from .plan import Selection, select
@@ -45,6 +46,7 @@ class Engine:
         self._sleep = sleep
         self.events = Events([lambda event: emit({"kind": "event", "event": event.to_record()})])
         self._published: list[tuple[Download, Path]] = []
+        self._spare = True
 
     async def run(self, request: Request, *, settle: bool = False) -> None:
         """Deliver what *request* names; messages tell what happens.
@@ -57,6 +59,7 @@ class Engine:
             FastloadError: Why it failed; also emitted as the last message.
         """
         self.events.emit("transfer.started", pid=os.getpid())
+        self._spare = not request.everything
         async with Pools() as pools:
             try:
                 try:
@@ -129,24 +132,47 @@ class Engine:
         self, resolved: Resolved, cache: RepoCache, selection: Selection, fetcher: Fetcher, pools: Pools
     ) -> None:
         manifest = resolved.manifest
-        self._tell_manifest(manifest, selection, cache.snapshot_path(manifest.commit))
         downloads = _by_blob(manifest, selection, cache)
-        delivery = Delivery(
-            self.settings, self._emit, self.events, fetcher, pools, self._sleep, offline=resolved.offline
-        )
+        writable = not resolved.offline
         if resolved.offline:
             await pools.off(_refuse_missing, downloads)
-            await delivery.run(downloads)
-            return
-        writable = await pools.off(_prepare, cache, downloads)
+        else:
+            try:
+                writable = await pools.off(_prepare, cache, downloads)
+            except CacheError as e:
+                writable, cache = False, await self._beside(e, manifest, pools)
+                downloads = _by_blob(manifest, selection, cache)
+        self._tell_manifest(manifest, selection, cache.snapshot_path(manifest.commit))
         if writable and resolved.complete:
             await pools.off(cache.write_tree, manifest)
             absent = absent_files(manifest)
             await pools.unbroken(lambda threads: cache.write_no_exist(manifest.commit, absent, executor=threads))
+        delivery = Delivery(
+            self.settings, self._emit, self.events, fetcher, pools, self._sleep, offline=resolved.offline
+        )
         await delivery.run(downloads)
-        self._published = delivery.published
-        if writable:  # last: a ref to a snapshot that is not there counts as damage
+        if writable:
+            self._published = delivery.published
+            # Last: a ref to a snapshot that is not there counts as damage.
             await pools.unbroken(lambda threads: cache.write_ref(manifest.revision, manifest.commit, executor=threads))
+
+    async def _beside(self, error: CacheError, manifest: Manifest, pools: Pools) -> RepoCache:
+        """Return a cache in a temporary folder, for a load that may not write the real one; nothing of it is kept.
+
+        Raises:
+            CacheError: *error* itself, where filling the cache is all that was asked for, or nothing can be written.
+        """
+        if not self._spare:
+            raise error
+        try:
+            root = Path(await pools.off(tempfile.mkdtemp, "", "fastload-cache-"))
+        except OSError:
+            raise error from None
+        self._emit({"kind": "temporary", "path": str(root)})
+        log.warning("%s: this load goes through %s, and the next one fetches everything again", error.message, root)
+        cache = RepoCache(root, manifest.source, symlinks=self.settings.symlinks)
+        await pools.off(cache.prepare)
+        return cache
 
 
 def _by_blob(manifest: Manifest, selection: Selection, cache: RepoCache) -> list[Download]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,7 @@ class Transfer:
         self.weights: tuple[str, ...] = ()
         self.digests: dict[str, Digest | None] = {}
         self.error: FastloadError | None = None
+        self._temporary: weakref.finalize[Any, Transfer] | None = None
         self.finished = False
         self._changed = threading.Condition()
 
@@ -264,6 +267,8 @@ class Transfer:
                 self._take_manifest(message)
             elif kind == "arriving":
                 self.files[message["file"]].arriving(message["data"], message["journal"])
+            elif kind == "temporary":  # the cache cannot be written: what is delivered goes with this object
+                self._temporary = weakref.finalize(self, shutil.rmtree, message["path"], ignore_errors=True)
             elif kind == "ready":
                 self.files[message["file"]].done(message["final"])
             elif kind == "refused":
@@ -342,6 +347,8 @@ class Transfer:
                 )
 
     def close(self) -> None:
-        """Close all views."""
+        """Close all views; what lay in a temporary folder is gone, but for tensors."""
         for view in self.files.values():
             view.close()
+        if self._temporary is not None:
+            self._temporary()

@@ -147,6 +147,23 @@ def test_a_read_only_cache_that_lacks_a_file_is_an_error(hub: Hub, cache: Path):
     assert "CacheError" in result.stderr and "Read-only" in result.stderr and "HF_HUB_CACHE" in result.stderr
 
 
+@pytest.mark.usefixtures("mounts")
+@pytest.mark.parametrize("call", ["load_tensors", "stream"])
+def test_a_load_needs_no_writable_cache(call: str, hub: Hub, cache: Path, tmp_path: Path):
+    """It goes through a temporary folder, says so, and leaves nothing there."""
+    cache.mkdir(parents=True)
+    (tmp_path / "temporary").mkdir()
+    body = "print(len(fastload.load_tensors('org/m')))"
+    if call == "stream":
+        body = "\nwith fastload.stream('org/m') as weights: print(len(dict(iter(weights))))"
+    result = unshared(
+        READ_ONLY, str(cache), "env", f"TMPDIR={tmp_path / 'temporary'}", *python(f"import fastload; {body}")
+    )
+    assert result.stdout == "12\n", result.stderr
+    assert "Read-only" in result.stderr and "the next one fetches everything again" in result.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 # -- no space left ---------------------------------------------------------------------------------------------------
 
 FULL = """
