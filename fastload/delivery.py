@@ -18,7 +18,7 @@ from .plan import split
 from .pools import Pools
 from .retry import Sleep
 from .ring import Ring, Slot
-from .schedule import Schedule
+from .schedule import Schedule, Turns
 from .settings import Settings
 from .sink import Fill
 from .types import ByteRange
@@ -68,11 +68,13 @@ class Delivery:
         self._at_once = asyncio.Semaphore(_OPEN_DOWNLOADS)
         self._more = asyncio.Event()
         self._left = 0
+        self._turns = Turns(())
         self.published: list[tuple[Download, Path]] = []
 
     async def run(self, downloads: list[Download]) -> None:
         """Deliver all of *downloads*; return when the last one is verified and in the cache."""
         self._left = len(downloads)
+        self._turns = Turns(downloads)
         try:
             async with asyncio.TaskGroup() as group:
                 for download in downloads:
@@ -110,6 +112,8 @@ class Delivery:
         planned = announced = False
         while True:
             look = await self._pools.off(download.look, self._offline)
+            if look.places is not None:
+                self._turns.over(download)
             if look.places is not None and await self._sound(download, look.untrusted):
                 if not planned:
                     self._plan(download, "cached")
@@ -117,6 +121,8 @@ class Delivery:
             if not planned:
                 self._plan(download, "missing" if look.owned else "elsewhere")
                 planned = True
+            if not look.owned or download.size <= self._small_bytes:
+                self._turns.over(download)
             if look.owned and look.places is None:
                 return None
             if self._offline and look.places is None:
@@ -164,7 +170,9 @@ class Delivery:
         if download.resumed_bytes:
             self._events.emit("file.planned", file=download.paths[0], bytes=download.resumed_bytes, state="partial")
         self._announce(download)
+        await self._turns.come(download)
         self._schedule.add_large(download)
+        self._turns.over(download)
         self._more.set()
         await self._hash_as_it_lands(download)
         while not download.hasher.matches():

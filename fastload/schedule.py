@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Iterable
 
@@ -9,6 +10,33 @@ from .download import Download
 from .journal import BLOCK_BYTES
 from .plan import cut
 from .types import ByteRange
+
+
+class Turns:
+    """Keeps the order of the plan while files are looked at and opened in threads, each in its own time.
+
+    Without it a file that is opened a moment sooner would take all connections before the first one in order gets any.
+    Use from one event loop.
+    """
+
+    def __init__(self, files: Iterable[Download]) -> None:
+        self._order = {download: index for index, download in enumerate(files)}
+        self._open = set(self._order.values())
+        self._first = 0
+        self._moved = asyncio.Event()
+
+    def over(self, download: Download) -> None:
+        """*download* is in the schedule, or will not be soon: those after it need not wait for it. Harmless twice."""
+        self._open.discard(self._order[download])
+        while self._first < len(self._order) and self._first not in self._open:
+            self._first += 1
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    async def come(self, download: Download) -> None:
+        """Wait until the turns of all files before *download* are over."""
+        while self._first < self._order[download]:
+            await self._moved.wait()
 
 
 class Schedule:

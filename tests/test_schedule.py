@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from pathlib import Path
 
 from fastload.cache import RepoCache
 from fastload.download import Download
 from fastload.journal import BLOCK_BYTES
-from fastload.schedule import Schedule
+from fastload.schedule import Schedule, Turns
 from fastload.types import ByteRange, Digest, RemoteFile
 
 PIECE = BLOCK_BYTES
@@ -103,3 +104,25 @@ def test_a_file_that_is_complete_is_asked_for_no_more():
     schedule.add_large(download("b", 1))
     schedule.remove(first)
     assert taken(schedule) == ["b0"]
+
+
+async def test_files_enter_in_the_order_of_the_plan_whichever_is_opened_first():
+    first, second, third = files = [download(name, 1) for name in ("a", "b", "c")]
+    turns, entered = Turns(files), []
+
+    async def enter(one: Download) -> None:
+        await turns.come(one)
+        entered.append(one)
+        turns.over(one)
+
+    async with asyncio.TaskGroup() as group:
+        for one in (third, second, first):  # as the threads that open them might finish
+            group.create_task(enter(one))
+    assert entered == files
+
+
+async def test_a_file_that_is_there_already_holds_nobody_up():
+    first, second = files = [download(name, 1) for name in ("a", "b")]
+    turns = Turns(files)
+    turns.over(first)
+    await turns.come(second)

@@ -90,7 +90,7 @@ def test_pinned_memory_that_goes_while_a_copy_needs_it_is_found(fake: ModuleType
     memory = torch.zeros(MIB, dtype=torch.uint8)
     runtime = cuda.cudart()
     assert int(runtime.cudaHostRegister(memory.data_ptr(), MIB, 0)) == 0
-    with fake.hold():
+    with fake.settings(hold_timeout_ms=100), fake.hold():  # whoever unregisters waits for the copy
         torch.empty(MIB, dtype=torch.uint8, device="cuda").copy_(memory, non_blocking=True)
         assert int(runtime.cudaHostUnregister(memory.data_ptr())) == 0
     assert fake.stat("violations") == 1

@@ -43,7 +43,7 @@
 
 #define API __attribute__((visibility("default")))
 #define MAX_DEV 16
-#define MAX_VC 96          /* streams the race checker can tell apart */
+#define MAX_VC 512         /* streams the race checker can tell apart; torch makes 128 a device at once */
 #define HISTORY 4096       /* accesses the race checker remembers */
 #define GRANULE (2u << 20) /* what cudaMalloc is charged in */
 #define STAGE (1u << 20)   /* staging buffer of a copy from pageable memory */
