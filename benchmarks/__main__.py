@@ -25,6 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("cases", nargs="*", metavar="case")
     parser.add_argument("--repeats", type=int, help="runs of each rival")
+    parser.add_argument(
+        "--prime-gib",
+        type=float,
+        default=0.0,
+        metavar="GIB",
+        help="touch and give back so much memory before each run: for virtual machines that hand free memory to their host",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: a model of 8 MB, two runs")
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="where results go (benchmarks/results)")
     parser.add_argument("--render", action="store_true", help="only draw again what is there")
@@ -40,7 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for case in cases:
                 chosen = case.quick() if options.quick else case
-                write(replace(chosen, repeats=options.repeats or chosen.repeats), options.out)
+                write(
+                    replace(chosen, repeats=options.repeats or chosen.repeats),
+                    options.out,
+                    int(options.prime_gib * 2**30),
+                )
         except (RunFailed, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 1
@@ -49,9 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(case: Case, out: Path) -> None:
+def write(case: Case, out: Path, prime_bytes: int) -> None:
     """Measure *case*; its records replace those of before only when all runs are through."""
-    records: list[dict[str, Any]] = list(measure(case, lambda line: print(line, file=sys.stderr, flush=True)))
+    runs = measure(case, lambda line: print(line, file=sys.stderr, flush=True), prime_bytes=prime_bytes)
+    records: list[dict[str, Any]] = list(runs)
     text = "".join(json.dumps(record) + "\n" for record in records)
     (out / f"{case.name}.jsonl").write_text(text, encoding="utf-8")
 

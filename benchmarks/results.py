@@ -108,7 +108,8 @@ def page(results: Results) -> Iterator[str]:
     yield ""
     yield f"{header['question']}."
     yield ""
-    yield f"    python -m benchmarks {results.name} --repeats {header['repeats']}"
+    prime = f" --prime-gib {header['prime_bytes'] / 2**30:g}" if header["prime_bytes"] else ""
+    yield f"    python -m benchmarks {results.name} --repeats {header['repeats']}{prime}"
     yield ""
     yield from _facts(results)
     yield ""
@@ -128,6 +129,9 @@ def _facts(results: Results) -> Iterator[str]:
         yield f"- Model: {model['name']}, {model['bytes'] / 1e6:,.0f} MB in {model['files']} files, {model['origin']}."
         yield f"- Hub: {link}; it runs on the same cores."
         yield "- Cache: empty folder, a new one for each run; what the hub serves is in its page cache."
+    if header["prime_bytes"]:
+        gib = header["prime_bytes"] / 2**30
+        yield f"- Before each run {gib:g} GiB of memory were touched and given back, so that the machine's host supplied none."
     yield f"- The clock runs from the start of the process until {header['ends']}."
     yield f"- {header['repeats']} runs each, in turns and shuffled; medians, in parentheses least and most."
     kind = " (virtual)" if facts["virtual"] else ""

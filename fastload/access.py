@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import netrc
-import os
 import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -42,9 +40,8 @@ class Access:
         """Read what is on disk; blocks."""
         if not self._settings.trust_env:
             return
-        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
         try:
-            self._netrc = netrc.netrc(str(path)).hosts
+            self._netrc = netrc.netrc(str(self._settings.netrc_path.expanduser())).hosts
         except (OSError, netrc.NetrcParseError, UnicodeDecodeError):  # none, or not one for us to judge
             pass
 

@@ -86,6 +86,7 @@ class Settings:
         low=0,
     )
     process: bool = _setting(True, "run the transfer of load, stream and start in a child process", "FASTLOAD_PROCESS")
+    netrc_path: Path = _setting(Path("~/.netrc"), "file that holds passwords, if trust_env", "NETRC")
     trust_env: bool = _setting(True, "honour HTTP(S)_PROXY, ALL_PROXY, NO_PROXY and .netrc", "FASTLOAD_TRUST_ENV")
     ca_file: Path | None = _setting(
         None,

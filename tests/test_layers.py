@@ -20,7 +20,7 @@ ORDER = """
     errors types settings events
     plan mirrors retry refusals answers access disk digest phases importing measured coldstart profile lock hookspecs
     sink http cache journal ring whole device pinned lane plugins pools
-    transfer resolve download fetch schedule delivery engine worker sync asking running inloop listing
+    view transfer resolve download fetch schedule delivery engine worker sync asking running inloop listing
     weightfile staging copies feeder deferred supply router served tensors
     unawaited loading loader lifecycle launch
     report trace waterfall metrics history profiling observed testing builtin arguments cli __main__
