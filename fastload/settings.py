@@ -211,7 +211,7 @@ def _hf_defaults(env: Mapping[str, str]) -> dict[str, Any]:
     """Where Hugging Face's libraries look, from HF_HOME and XDG_CACHE_HOME (huggingface_hub.constants)."""
     base = env.get("XDG_CACHE_HOME") or "~/.cache"
     home = Path(env.get("HF_HOME") or f"{base}/huggingface").expanduser()
-    return {"cache_dir": home / "hub", "token_path": home / "token"}
+    return {"cache_dir": home / "hub", "token_path": home / "token", "netrc_path": Path("~/.netrc").expanduser()}
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:

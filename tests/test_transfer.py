@@ -12,7 +12,6 @@ from arrival import Arrival
 from programs import until
 from transfers import noise
 
-from fastload import transfer
 from fastload.errors import CacheError, FastloadError, IntegrityError
 from fastload.journal import Journal
 from fastload.types import ByteRange
@@ -56,7 +55,7 @@ def test_a_file_that_is_published_while_its_head_is_read_has_its_head(
         arrival.finish()
         return data
 
-    monkeypatch.setattr(transfer.os, "pread", pread)
+    monkeypatch.setattr(os, "pread", pread)
     assert view.read(ALL) == DATA
 
 
