@@ -63,7 +63,9 @@ def measure(endpoint: str, cache: Path, pinned_bytes: int) -> dict[str, float]:
         "end_after_last_byte_s": ended_s - max(event.at_s for event in landed),
         "device_busy_s": fakecuda.stat("h2d_busy_ns") / 1e9,
         "slots_most": max_open(copied),
-        "host_growth_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        # The emulated device's memory is the host's.
+        "host_growth_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        - sum(tensor.nbytes for tensor in tensors.values()) / (1 << 20),
     }
 
 
@@ -91,7 +93,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch) / "models" / "org" / "m", arguments.megabytes * 10**6, arguments.shards)
-        torch.empty(1, device="cuda")  # the context, as a program has it
+        torch.empty(1, device="cuda")  # the context, and torch's pool of streams, each a thread here
+        torch.cuda.Stream()
         with spawn(Path(scratch) / "models", rate_bytes_per_s=arguments.wire * 1e9) as hub:
             result = measure(hub.endpoint, Path(scratch) / "cache", arguments.pinned)
     print(json.dumps({**vars(arguments), **{name: round(value, 3) for name, value in result.items()}}))
