@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if options.quick and options.out == HERE:
         parser.error("--quick is no measurement: give --out")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that servers and caches go too
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.render:
         try:

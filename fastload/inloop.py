@@ -10,11 +10,10 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from .asking import Asked
-from .engine import Engine
 from .errors import FastloadError
 from .events import Events
 from .pools import outlast
-from .sync import unexpected
+from .sync import engine_class, unexpected
 from .transfer import Transfer
 
 T = TypeVar("T")
@@ -30,7 +29,8 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
 
     async def run() -> None:
         try:
-            await Engine(asked.settings, transfer.apply, asked.pm).run(asked.request, settle=settle)
+            engine = await asyncio.to_thread(engine_class)
+            await engine(asked.settings, transfer.apply, asked.pm).run(asked.request, settle=settle)
         except FastloadError:
             pass  # told as a message
         except Exception as e:  # a defect of ours must end the readers' waits too

@@ -6,15 +6,16 @@ import asyncio
 import threading
 
 from .asking import Asked
-from .http import HttpClient
-from .pools import Pools
-from .resolve import read_token
-from .resolve import resolve as resolve_request
 from .types import Manifest
 
 
 async def alist_files(asked: Asked) -> Manifest:
-    """Ask the source for its manifest: one request at the Hub."""
+    """Ask the source for its manifest: one request at the Hub. Blocks once, to import aiohttp."""
+    from .http import HttpClient
+    from .pools import Pools
+    from .resolve import read_token
+    from .resolve import resolve as resolve_request
+
     async with Pools() as pools:
         token = await pools.off(read_token, asked.settings)
         async with HttpClient(asked.settings, asked.settings.endpoint, token) as http:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -176,7 +178,16 @@ class Loading:
 
 
 def _import_early() -> None:
-    """Import torch, which whoever builds will need, while the hub is asked what there is (measured: 0.3 s saved)."""
+    """Begin to import torch, which whoever builds will need, while the hub is asked what there is (0.3 s).
+
+    In a thread, because Ctrl-C reaches the main one: there, while it waits, not in the middle of an import that may
+    swallow it.
+    """
+    if "torch" not in sys.modules:
+        threading.Thread(target=_import_torch, name="fastload-import").start()
+
+
+def _import_torch() -> None:
     try:
         import_torch()
     except PluginError:  # a plugin may build without it; who needs it will say so

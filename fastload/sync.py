@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .engine import Engine
 from .errors import FastloadError
 from .settings import Settings
 from .transfer import Transfer
 from .types import Request
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 def unexpected(error: Exception) -> FastloadError:
@@ -22,6 +24,13 @@ def unexpected(error: Exception) -> FastloadError:
     result = FastloadError(f"the transfer ended with {type(error).__name__}: {error}", hint="please report this")
     result.__cause__ = error
     return result
+
+
+def engine_class() -> type[Engine]:
+    """Import the engine, and aiohttp with it, which a program whose transfers run in a child never needs. Blocks."""
+    from .engine import Engine
+
+    return Engine
 
 
 class InThread:
@@ -63,7 +72,8 @@ class InThread:
             self._task = asyncio.current_task()
             if self._stopped:
                 raise asyncio.CancelledError
-        await Engine(self._settings, self._transfer.apply, self._pm).run(self._request, settle=self._settle)
+        engine = await asyncio.to_thread(engine_class)
+        await engine(self._settings, self._transfer.apply, self._pm).run(self._request, settle=self._settle)
 
     def join(self) -> None:
         """Wait until the transfer, and what it does after the last message, has ended."""
