@@ -32,8 +32,8 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from 
 _PATIENCE_S = 5.0
 #: Specified, pipe(7): what an ordinary user may ask for. About 5000 messages, so 40 GB in ranges of 8 MiB.
 _PIPE_BYTES = 1 << 20
-#: Measured (2 cores, 2 GB unthrottled beside ``import transformers``): 7.6 s at 0, 7.1 at 5, 6.1 at 10, 5.9 at 19: the
-#: program's one thread of imports is what everybody waits for; where a core is free it changes nothing.
+#: Guessed, with one run behind it (2 cores, 2 GB unthrottled beside ``import transformers``: 7.6 s at 0, 7.1 at 5, 6.1 at
+#: 10, 5.9 at 19; noisier runs did not agree): where cores are few, everybody waits for the program's one importing thread.
 _NICE = 10
 
 
