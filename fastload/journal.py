@@ -34,8 +34,8 @@ HEADER_BYTES = 4096
 BLOCK_BYTES = 64 << 10
 _DEMANDS, _DEMAND_SLOTS = 256, 32
 _ERROR, _ERROR_BYTES = 512, 3000
-#: A reader that must wait looks again this often. Measured: 1 ms costs under 1 % of a core and stays below the time
-#: in which the fastest link fills one range.
+#: Guessed: a reader that must wait looks again this often, at first and at last; below the time in which the fastest link
+#: fills one range.
 _POLL_S = (0.0005, 0.004)
 
 
