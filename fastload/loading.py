@@ -190,5 +190,5 @@ def _import_early() -> None:
 def _import_torch() -> None:
     try:
         import_torch()
-    except PluginError:  # a plugin may build without it; who needs it will say so
+    except (PluginError, OSError):  # none, or one with broken libraries: who needs it will say so
         pass
