@@ -40,7 +40,8 @@ def fastload(repo: str) -> tuple[Any, dict[str, Any]]:
     started_s: list[float] = []
     with fastload.profile() as p:
         model = fastload.load(
-            repo, observers=[lambda e: started_s.append(e.at_s) if e.name == "load.started" else None]
+            repo,
+            observers=[lambda e: started_s.append(e.at_s) if e.name == "load.started" else None],
         )
     profile = p.loads[0]
     phases = {

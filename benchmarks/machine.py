@@ -11,16 +11,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = (
-    "fastload-weights", "aiohttp", "huggingface_hub", "safetensors", "torch", "transformers", "hf_transfer",
-)  # fmt: skip
+from fastload.doctor import limits
+
+LIBRARIES = ("fastload-weights", "aiohttp", "huggingface_hub", "safetensors", "torch", "transformers")
 
 
-def facts(cache_root: Path) -> dict[str, Any]:
+def facts(cache_root: Path, rivals: dict[str, str]) -> dict[str, Any]:
     """Return facts for the record.
 
     Args:
         cache_root: A folder on the disk that caches lie on.
+        rivals: Name and version of what the rivals need.
     """
     return {
         "cpu": _line("/proc/cpuinfo", "model name") or platform.processor(),
@@ -28,10 +29,11 @@ def facts(cache_root: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "virtual": "hypervisor" in _line("/proc/cpuinfo", "flags").split(),
+        "gives_free_pages_back": limits.gives_free_pages_back(),
         "kernel": re.match(r"[\d.]*", platform.release()).group().rstrip("."),  # type: ignore[union-attr]
         "file_system": _file_system(cache_root),
         "python": platform.python_version(),
-        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))} | rivals,
         "nginx": _nginx(),
     }
 

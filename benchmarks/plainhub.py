@@ -25,7 +25,9 @@ class File:
 def files(repo: str) -> list[File]:
     """Return all files of *repo* on the hub that HF_ENDPOINT names; one request, and one for each large file."""
     base = os.environ["HF_ENDPOINT"]
-    connection = http.client.HTTPConnection(urlsplit(base).netloc)
+    address = urlsplit(base)
+    kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+    connection = kind(address.netloc)
     try:
         _, body = _get(connection, f"/api/models/{repo}/revision/main?blobs=True")
         info = json.loads(body)

@@ -2,90 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from .cases import CASES
+from . import reach
+from .chart import draw
+from .records import Record, Results, Spread, read_all
 
-Record = dict[str, Any]
 CHART = "chart.svg"
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, least and most of some runs."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Return that of *values*."""
-        return cls(median(values), min(values), max(values))
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.median:{spec}} ({self.least:{spec}}–{self.most:{spec}})"
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """The records of one case: what was measured, and the runs of each rival by repeat."""
-
-    header: Record
-    runs: dict[str, list[Record]]
-
-    @classmethod
-    def read(cls, path: Path) -> Results:
-        """Return what *path* holds."""
-        header, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-        runs: dict[str, list[Record]] = {}
-        for record in sorted(records, key=lambda r: r["repeat"]):
-            runs.setdefault(record["rival"], []).append(record)
-        return cls(header, {name: runs[name] for name in header["rivals"] if name in runs})
-
-    @property
-    def name(self) -> str:
-        """Of the case."""
-        return str(self.header["case"])
-
-    @property
-    def ours(self) -> str:
-        """Name of the rival that is fastload."""
-        return next(iter(self.runs))
-
-    @property
-    def bytes(self) -> int:
-        """Weight bytes of the model; 0 without one."""
-        return self.header["model"]["bytes"] if self.header["model"] else 0
-
-    def title(self, rival: str) -> str:
-        """Return what *rival* is called."""
-        return str(self.header["rivals"][rival]["title"])
-
-    def is_reference(self, rival: str) -> bool:
-        """Tell whether *rival* is a limit and no way to load."""
-        return bool(self.header["rivals"][rival]["reference"])
-
-    def spread(self, rival: str, value: Callable[[Record], float | None]) -> Spread | None:
-        """Return the spread of *value* over the runs of *rival*, if they have it."""
-        values = [v for v in map(value, self.runs[rival]) if v is not None]
-        return Spread.of(values) if values else None
-
-    def ratio(self, rival: str) -> Spread:
-        """Return our time over that of *rival*, run by run."""
-        pairs = zip(self.runs[self.ours], self.runs[rival], strict=True)
-        return Spread.of([ours["ready_s"] / theirs["ready_s"] for ours, theirs in pairs])
+_MEMORY = {
+    "as-is": "as the machine was",
+    "resident": "the page cache full, so that new pages come from old ones, as on a node that has been up for a day",
+}
 
 
 def render(out: Path) -> list[Path]:
     """Write a table for each record file in *out*, a summary and the chart; return what was written."""
-    found = [Results.read(out / f"{c.name}.jsonl") for c in CASES if (out / f"{c.name}.jsonl").exists()]
+    found = read_all(out)
     written = []
     for results in found:
         written.append(out / f"{results.name}.md")
@@ -108,8 +41,7 @@ def page(results: Results) -> Iterator[str]:
     yield ""
     yield f"{header['question']}."
     yield ""
-    prime = f" --prime-gib {header['prime_bytes'] / 2**30:g}" if header["prime_bytes"] else ""
-    yield f"    python -m benchmarks {results.name} --repeats {header['repeats']}{prime}"
+    yield f"    {_command(header)}"
     yield ""
     yield from _facts(results)
     yield ""
@@ -121,27 +53,59 @@ def page(results: Results) -> Iterator[str]:
     yield from _notes(results)
 
 
+def _command(header: Record) -> str:
+    memory = f" --memory {header['memory']}" if header["memory"] != "as-is" else ""
+    prime = f" --prime-gib {header['prime_bytes'] / 2**30:g}" if header["prime_bytes"] else ""
+    return f"python -m benchmarks {header['case']} --repeats {header['repeats']}{memory}{prime}"
+
+
 def _facts(results: Results) -> Iterator[str]:
     header, facts, model = results.header, results.header["facts"], results.header["model"]
     if model:
-        rate = header["rate_bytes_per_s"]
-        link = f"nginx on loopback, {rate / 1e6:g} MB/s a connection" if rate else "nginx on loopback, unthrottled"
-        yield f"- Model: {model['name']}, {model['bytes'] / 1e6:,.0f} MB in {model['files']} files, {model['origin']}."
-        yield f"- Hub: {link}; it runs on the same cores."
-        yield "- Cache: empty folder, a new one for each run; what the hub serves is in its page cache."
-    if header["prime_bytes"]:
-        gib = header["prime_bytes"] / 2**30
-        yield f"- Before each run {gib:g} GiB of memory were touched and given back, so that the machine's host supplied none."
-    yield f"- The clock runs from the start of the process until {header['ends']}."
+        yield f"- Model: {model['name']}, {model['bytes'] / 1e6:,.0f} MB in {model['files']:,} files, {model['origin']}."
+        yield f"- Hub: {_link(header)}; it runs on the same cores."
+        yield f"- Cache: {_cache(header['cache'])}; what the hub serves is in its page cache."
+        yield f"- Memory: {_memory(header)}."
+    started = "from the start of the process" if header["clock"] == "process" else "from the call, imports done,"
+    yield f"- The clock runs {started} until {header['ends']}."
     yield f"- {header['repeats']} runs each, in turns and shuffled; medians, in parentheses least and most."
     kind = " (virtual)" if facts["virtual"] else ""
     sha = "with" if facts["sha_instructions"] else "without"
+    gives = "; free memory goes back to its host" if facts.get("gives_free_pages_back") else ""
     yield (
         f"- Machine{kind}: {facts['cores']} cores of {facts['cpu']}, {sha} SHA instructions, {facts['memory_gib']} GiB, "
-        f"Linux {facts['kernel']}, {facts['file_system']}."
+        f"Linux {facts['kernel']}, {facts['file_system']}{gives}."
     )
     libraries = ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())
     yield f"- Python {facts['python']}, {libraries}, nginx {facts['nginx']}."
+
+
+def _link(header: Record) -> str:
+    rate, cap, link = header["rate_bytes_per_s"], header["link_bytes_per_s"], header["link"]
+    words = ["nginx on loopback" + (" over TLS" if header["tls"] else "")]
+    words.append(f"{rate / 1e6:g} MB/s a connection" if rate else "unthrottled")
+    if cap:
+        capped = link and link["rate_bytes_per_s"]
+        words.append(f"{cap / 1e6:g} MB/s all together (tbf)" if capped else f"without its cap: {link['lacking']}")
+    if link:
+        words.append(f"{link['congestion']}" + (", in a network namespace" if link["own"] else ""))
+    return ", ".join(words)
+
+
+def _cache(state: str) -> str:
+    filled = "it holds the model, which is"
+    return {
+        "empty": "empty folder, a new one for each run",
+        "hot": f"{filled} in the page cache",
+        "cold": f"{filled} on the disk alone (a virtual disk's host may have it in memory)",
+    }[state]
+
+
+def _memory(header: Record) -> str:
+    if header["prime_bytes"]:
+        gib = header["prime_bytes"] / 2**30
+        return f"before each run {gib:g} GiB were touched and given back, so that the machine's host supplied none"
+    return _MEMORY[header["memory"]]
 
 
 def _table(results: Results) -> Iterator[str]:
@@ -154,58 +118,68 @@ def _table(results: Results) -> Iterator[str]:
 
 
 def _model_columns(results: Results) -> dict[str, Callable[[str], str]]:
-    imports = results.runs.get("imports_only", ())
-    imports_s = median(map(_cpu_s, imports)) if imports else 0.0
-    imports_bytes = median(r["rss_bytes"] for r in imports) if imports else 0
-    beyond, others = (" beyond the imports", " and the imports") if imports else ("", "")
+    beyond, others = (" beyond the imports", " and the imports") if results.imports else ("", "")
+    gigabytes, metric = results.bytes / 1e9, results.header["metric"]
 
     def shown(value: Callable[[Record], float | None], spec: str) -> Callable[[str], str]:
         return lambda rival: _text(results.spread(rival, value), spec)
 
     def moves_nothing(rival: str) -> bool:
-        return not any(r["requests"] for r in results.runs[rival])
+        return not any(r["requests"] or "stage_s" in r or "sums" in r for r in results.runs[rival])
 
-    def memory_mb(record: Record) -> float:
-        return float(record["rss_bytes"] - (results.bytes + imports_bytes if "sums" in record else 0)) / 1e6
+    def rate(value: Callable[[Record], float], spec: str) -> Callable[[str], str]:
+        return lambda rival: "" if moves_nothing(rival) else _median(results.spread(rival, value), 1, spec)
 
-    def per_gb(rival: str) -> str:
-        return "" if moves_nothing(rival) else _median(results.spread(rival, work_s), 1e9 / results.bytes, ".2f")
+    def extra_mb(rival: str) -> str:
+        if results.is_reference(rival) or "own_bytes" not in results.runs[rival][0]:
+            return ""
+        alone = reach.own_bytes(results, results.imports) if results.imports and results.is_loader(rival) else 0.0
+        return f"{((reach.own_bytes(results, rival) or 0.0) - (alone or 0.0)) / 1e6:,.0f}"
 
-    def work_s(record: Record) -> float:
-        return _cpu_s(record) - (imports_s if "sums" in record else 0.0)
-
-    def speed(rival: str) -> str:
-        spread = results.spread(rival, lambda r: results.bytes / r["ready_s"] / 1e6)
-        return "" if moves_nothing(rival) else _median(spread, 1, ",.0f")
+    def besides(name: str) -> Callable[[Record], float | None]:
+        return lambda r: r.get(name) if metric != name and "stage_s" not in r else None
 
     columns: dict[str, Callable[[str], str]] = {
         "verifies": lambda rival: results.header["rivals"][rival]["verifies"],
-        "seconds": shown(lambda r: r["ready_s"], ".2f"),
-        "fastload takes": lambda rival: "" if rival == results.ours else f"{results.ratio(rival):.2f} ×",
-        "MB/s": speed,
-        "verified, in the cache": shown(lambda r: r.get("verified_s"), ".2f"),
-        "every byte read": shown(lambda r: r.get("touched_s"), ".2f"),
-        "until the last process is gone": shown(lambda r: r["gone_s"], ".2f"),
-        "CPU-s": shown(_cpu_s, ".2f"),
-        f"CPU-s/GB{beyond}": per_gb,
-        f"peak memory beyond the model{others}, MB": shown(memory_mb, ",.0f"),
+        "seconds": shown(results.seconds, ".3f" if metric == "first_weight_s" else ".2f"),
+        "fastload takes": lambda rival: f"{results.ratio(rival):.2f} ×" if _comparable(results, rival) else "",
+        "MB/s": rate(lambda r: results.bytes / results.seconds(r) / 1e6, ",.0f"),
+        "first weights asked for": shown(besides("first_weight_s"), ".2f"),
+        "verified, in the cache": shown(lambda r: r.get("verified_s") if metric == "ready_s" else None, ".2f"),
+        "the call returns": shown(lambda r: None if metric == "ready_s" else besides("ready_s")(r), ".2f"),
+        "every byte read": shown(besides("touched_s"), ".2f"),
+        "until the last process is gone": shown(besides("gone_s"), ".2f"),
+        "CPU-s": shown(results.cpu_s, ".2f"),
+        f"CPU-s/GB{beyond}": rate(lambda r: results.work_s(r) / gigabytes, ".2f"),
+        "CPU-s/GB of the server": rate(lambda r: r.get("server_cpu_s", 0) / gigabytes, ".2f"),
+        f"peak resident memory beyond the model{others}, MB": lambda rival: _peak(results, rival),
+        f"of no file{beyond}, MB": extra_mb,
+        "connections": rate(lambda r: r.get("connections", 0), ".0f"),
         "requests": lambda rival: _median(results.spread(rival, lambda r: r["requests"]), 1, ".0f"),
+        "of these to the API": rate(lambda r: r.get("api_requests", 0), ".0f"),
     }
-    return {name: cell for name, cell in columns.items() if any(map(cell, results.runs))}
+    return {name: cell for name, cell in columns.items() if any(cell(n) not in ("", "0", "0.00") for n in results.runs)}
+
+
+def _comparable(results: Results, rival: str) -> bool:
+    """Tell whether a ratio to *rival* says anything: to ourselves, or to imports outside the clock, it does not."""
+    outside = rival == results.imports and results.header["clock"] == "call"
+    return rival != results.ours and not outside and results.header["metric"] != "first_weight_s"
+
+
+def _peak(results: Results, rival: str) -> str:
+    alone = results.median(results.imports or "", lambda r: r["rss_bytes"]) or 0.0
+    less = results.bytes + alone if results.is_loader(rival) else 0.0
+    return _text(results.spread(rival, lambda r: (r["rss_bytes"] - less) / 1e6), ",.0f")
 
 
 def _bare_columns(results: Results) -> dict[str, Callable[[str], str]]:
-    base = results.spread(list(results.runs)[-1], lambda r: r["ready_s"] * 1e3)
-    base_ms = base.median if base else 0.0
+    base = results.median(list(results.runs)[-1], lambda r: r["ready_s"] * 1e3) or 0.0
     return {
         "milliseconds": lambda rival: _text(results.spread(rival, lambda r: r["ready_s"] * 1e3), ".1f"),
-        "more than the last": lambda rival: _text(results.spread(rival, lambda r: r["ready_s"] * 1e3 - base_ms), ".1f"),
-        "CPU milliseconds": lambda rival: _text(results.spread(rival, lambda r: _cpu_s(r) * 1e3), ".1f"),
+        "more than the last": lambda rival: _text(results.spread(rival, lambda r: r["ready_s"] * 1e3 - base), ".1f"),
+        "CPU milliseconds": lambda rival: _text(results.spread(rival, lambda r: results.cpu_s(r) * 1e3), ".1f"),
     }
-
-
-def _cpu_s(record: Record) -> float:
-    return float(record["user_s"] + record["system_s"] - record["touch_cpu_s"])
 
 
 def _text(spread: Spread | None, spec: str) -> str:
@@ -218,11 +192,31 @@ def _median(spread: Spread | None, factor: float, spec: str) -> str:
 
 def _notes(results: Results) -> Iterator[str]:
     if results.bytes:
-        others = Spread.of([r["others_cpu_s"] / r["gone_s"] for runs in results.runs.values() for r in runs])
+        others = Spread.of([_others(r) for runs in results.runs.values() for r in runs])
         yield f"Beside the one measured, everything else (the hub too) kept {others:.2f} cores busy."
+    if (floor_s := reach.floor_s(results)) is not None:
+        cpu_s = (reach.floor_cpu_s(results) or 0.0) * 1e9 / results.bytes
+        yield (
+            f"The floor: {floor_s:.2f} s; the three stages, each alone, take {cpu_s:.2f} CPU-s/GB, and the server shares "
+            f"the {results.cores} cores; where one stage alone takes longer, that is the floor."
+        )
+    if results.bytes:
+        yield from _winners(results)
     if any(map(results.is_reference, results.runs)):
         yield "In italics: limits, for comparison; they load no model."
     yield "How to read the columns: [benchmarks/README.md](../README.md)."
+
+
+def _others(record: Record) -> float:
+    """Return how many cores others kept busy; records of before have their CPU seconds."""
+    return float(record["others_cores"] if "others_cores" in record else record["others_cpu_s"] / record["gone_s"])
+
+
+def _winners(results: Results) -> Iterator[str]:
+    """Say who beats us."""
+    for rival in results.runs:
+        if not results.is_reference(rival) and not rival.startswith("fastload") and results.ratio(rival).median > 1:
+            yield f"**Faster than fastload here: {results.title(rival)}.**"
 
 
 def summary(found: Sequence[Results]) -> Iterator[str]:
@@ -233,65 +227,18 @@ def summary(found: Sequence[Results]) -> Iterator[str]:
     yield ""
     yield f"![seconds by case]({CHART})"
     yield ""
+    yield from reach.lines({results.name: results for results in found})
+    yield ""
     yield "| case | fastload | against | takes | fastload takes |"
     yield "|---|---|---|---|---|"
     for results in found:
-        unit, factor = ("s", 1.0) if results.bytes else ("ms", 1e3)
-        for rival in list(results.runs)[1:]:
-            mine, theirs = (results.spread(name, lambda r: r["ready_s"]) for name in (results.ours, rival))
+        short = not results.bytes or results.header["metric"] == "first_weight_s"
+        unit, factor = ("ms", 1e3) if short else ("s", 1.0)
+        for rival in results.runs:
+            if not _comparable(results, rival) or "stage_cpu_s" in results.runs[rival][0]:  # the floor is a goal
+                continue
+            mine, theirs = (results.spread(name, results.seconds) for name in (results.ours, rival))
             name = f"[{results.name}]({results.name}.md)"
             title = f"*{results.title(rival)}*" if results.is_reference(rival) else results.title(rival)
             times = f"{_median(mine, factor, '.2f')} {unit} | {title} | {_median(theirs, factor, '.2f')} {unit}"
             yield f"| {name} | {times} | {results.ratio(rival):.2f} × |"
-
-
-# -- the chart ------------------------------------------------------------------------------------------------------
-
-
-def draw(found: Sequence[Results], path: Path) -> bool:
-    """Draw one row of bars a case into *path*; without matplotlib nothing is drawn.
-
-    Returns:
-        Whether it was drawn.
-    """
-    try:
-        matplotlib = import_module("matplotlib")
-    except ImportError:
-        return False
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastload", "font.family": "sans-serif"})
-    pyplot = import_module("matplotlib.pyplot")
-    shown = [results for results in found if results.bytes]
-    if not shown:
-        return False
-    rows = [len(results.runs) for results in shown]
-    figure, axes = pyplot.subplots(
-        len(shown), 1, figsize=(9, 0.42 * sum(rows) + 0.75 * len(rows)), height_ratios=rows, squeeze=False
-    )
-    for results, (axis,) in zip(shown, axes, strict=True):
-        _bars(results, axis)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return True
-
-
-def _bars(results: Results, axis: Any) -> None:
-    names = list(results.runs)
-    spreads = [Spread.of([r["ready_s"] for r in results.runs[name]]) for name in names]
-    medians = [s.median for s in spreads]
-    whiskers = [[s.median - s.least for s in spreads], [s.most - s.median for s in spreads]]
-    colours = [
-        "#d9480f" if name == results.ours else "#ced4da" if results.is_reference(name) else "#868e96" for name in names
-    ]
-    axis.barh(range(len(names)), medians, xerr=whiskers, color=colours, ecolor="#343a40", capsize=2)
-    axis.set_yticks(range(len(names)), [results.title(name) for name in names])
-    axis.invert_yaxis()
-    for row, spread in enumerate(spreads):
-        axis.annotate(
-            f"{spread.median:.2f} s", (spread.most, row), xytext=(5, 0), textcoords="offset points", va="center"
-        )
-    axis.margins(x=0.12)
-    model = results.header["model"]
-    axis.set_title(f"{results.name}: {model['name']}, {model['bytes'] / 1e6:,.0f} MB", loc="left", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)

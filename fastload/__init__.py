@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from . import errors as errors
     from . import testing as testing
+    from .dropin import accelerate as accelerate
     from .errors import FastloadError as FastloadError
     from .events import Event as Event
     from .hookspecs import hookimpl as hookimpl
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .loader import stream as stream
     from .profile import Profile as Profile
     from .profile import profile as profile
+    from .running import quiesce as quiesce
     from .settings import Settings as Settings
     from .types import Snapshot as Snapshot
 
@@ -45,6 +47,7 @@ _HOME = {
     "Profile": "profile",
     "Settings": "settings",
     "Snapshot": "types",
+    "accelerate": "dropin",
     "aload": "loader",
     "aload_tensors": "loader",
     "aprefetch": "loader",
@@ -58,6 +61,7 @@ _HOME = {
     # The import system binds a submodule's name in its package whenever anybody imports it, so `fastload.profile` is
     # the module, before and after; the module is callable and that call is the function.
     "profile": "profile",
+    "quiesce": "running",
     "start": "loader",
     "stream": "loader",
     "testing": "testing",
@@ -71,6 +75,7 @@ __all__ = [
     "Settings",
     "Snapshot",
     "__version__",
+    "accelerate",
     "aload",
     "aload_tensors",
     "aprefetch",
@@ -82,6 +87,7 @@ __all__ = [
     "on_start",
     "prefetch",
     "profile",
+    "quiesce",
     "start",
     "stream",
     "testing",

@@ -7,7 +7,7 @@ import netrc
 import ssl
 from collections.abc import Mapping
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .answers import origin
@@ -35,6 +35,7 @@ class Access:
         self._token = token
         self._netrc: Mapping[str, tuple[str, str | None, str | None]] = {}
         self._ssl: ssl.SSLContext | None = None
+        self._proxies: dict[str, Proxy | None] = {}
 
     def prepare(self) -> None:
         """Read what is on disk; blocks."""
@@ -65,7 +66,14 @@ class Access:
         """
         if not self._settings.trust_env:
             return None
-        parts, proxies = urlsplit(url), getproxies()
+        parts = urlsplit(url)
+        server = f"{parts.scheme}://{parts.netloc}"
+        if server not in self._proxies:  # found out once: it takes as long as sending a request
+            self._proxies[server] = self._find_proxy(parts)
+        return self._proxies[server]
+
+    def _find_proxy(self, parts: SplitResult) -> Proxy | None:
+        proxies = getproxies()
         found = proxies.get(parts.scheme) or proxies.get("all")
         if not found or proxy_bypass(parts.netloc.rpartition("@")[2]):
             return None

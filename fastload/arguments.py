@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import fastload
 
 from . import profiling
 from .lock import FILENAME
+from .serving import options as serving
 
 #: By name, what runs a command.
 Commands = Mapping[str, Callable[[argparse.Namespace], Any]]
@@ -35,10 +37,21 @@ def parser(commands: Commands) -> argparse.ArgumentParser:
     _add_download(p)
     p.add_argument("--device", help="where the weights go (default: cpu)")
     p.add_argument("--dtype", help="of the weights, for example bfloat16")
-    p.add_argument("--framework", help="who builds it; the files decide where it is not given")
+    builder = p.add_mutually_exclusive_group()
+    builder.add_argument("--framework", help="who builds it; the files decide where it is not given")
+    builder.add_argument(
+        "--tensors", action="store_true", help="its tensors alone, of any format; nobody builds a model"
+    )
     profiling.add_options(p)
     p = _command(adder, "exec", commands, "begin to download, then become the program after `--`, which will load it")
     _add_source(p, nargs="+")
+    _add_download(p)
+    p = _command(
+        adder, "serve", commands, "supervise a model server, or a hook that makes one; wakes, holds, puts to sleep"
+    )
+    serving.add_options(p)
+    p.add_argument("--model", dest="source", action="append", default=[], metavar="SOURCE", help="fetched at wake")
+    p.add_argument("--revision", help="branch, tag or commit")
     _add_download(p)
     p = _command(adder, "profile", commands, "profile the Python program after `--`, or compare two histories")
     p.add_argument(
@@ -52,6 +65,9 @@ def parser(commands: Commands) -> argparse.ArgumentParser:
     p.add_argument(
         "-o", "--output", default=FILENAME, metavar="FILE", help="(default: %(default)s); other entries stay"
     )
+    p = _command(adder, "doctor", commands, "measure this machine: what bounds a load here; 1 if something is broken")
+    _add_source(p, nargs="?", help="the model to judge by (default: 10 GB in five files)")
+    p.add_argument("--link", type=_rate, metavar="RATE", help="what the link carries: 250MB/s, 10Gbit/s")
     _command(adder, "plugins", commands, "list the plugins and what is wrong with those that are not in use")
     _command(adder, "settings", commands, "list the settings, where their values come from and what they do")
     return parser
@@ -87,7 +103,7 @@ def _add_download(parser: argparse.ArgumentParser) -> None:
 def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words for us and, of commands that run another program, those after ``--``, which are its own."""
     words = list(argv)
-    at = words.index("--") if words[:1] in (["exec"], ["profile"]) and "--" in words else len(words)
+    at = words.index("--") if words[:1] in (["exec"], ["serve"], ["profile"]) and "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
 
@@ -105,6 +121,18 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
+
+
+def _rate(text: str) -> float:
+    """Return bytes a second."""
+    match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)(B|bit|b)(?:/s|ps)", text.strip())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 250MB/s or 10Gbit/s")
+    return number * 1000.0 ** " kMGT".index(match[2] or " ") / (1 if match[3] == "B" else 8)
 
 
 class _Version(argparse.Action):

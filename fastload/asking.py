@@ -20,7 +20,10 @@ LockLike = str | os.PathLike[str] | Lock | None
 #: Keyword arguments of ``from_pretrained`` that say here what a setting says.
 _AS_SETTINGS = {"token": "token", "cache_dir": "cache_dir", "local_files_only": "offline"}
 #: Those of the framework's keyword arguments that choose files.
-_CHOOSING = ("variant", "subfolder", "use_safetensors", "use_onnx", "gguf_file")
+_CHOOSING = ("variant", "subfolder", "use_safetensors", "use_onnx", "gguf_file", "single_file", "weight_name",
+             "use_flashpack")  # fmt: skip
+#: Frameworks that read other files of a repository than those which its layout suggests.
+_CHOOSING_FRAMEWORKS = ("open_clip",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Asked:
     Attributes:
         pm: The plugin manager.
         options: The framework's keyword arguments, without those that say here what a setting says.
+        lock: As it was given; what it holds for this source is in the request.
     """
 
     request: Request
@@ -37,6 +41,7 @@ class Asked:
     pm: Any
     observers: tuple[Observer, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    lock: LockLike = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -75,6 +80,7 @@ def ask(
     observers: Iterable[Observer] = (),
     lock: LockLike = None,
     options: Mapping[str, Any] | None = None,
+    framework: str | None = None,
     everything: bool = False,
 ) -> Asked:
     """Resolve the arguments that all public calls share. No network.
@@ -94,10 +100,10 @@ def ask(
         revision=revision,
         patterns=(files,) if isinstance(files, str) else None if files is None else tuple(files),
         everything=everything,
-        options={name: options[name] for name in _CHOOSING if options.get(name) is not None} | _components(options),
+        options=_choosing(options, framework),
         locked=None if lock is None else _locked(lock, uri, revision, resolved, pm),
     )
-    return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)), options)
+    return Asked(request, resolved, pm, (*observers, *_plugin_observers(uri, resolved, pm)), options, lock)
 
 
 def _taken_as_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +112,12 @@ def _taken_as_settings(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(taken.get("token"), bool):  # True: the one that is stored; False: none
         taken["token"] = None if taken["token"] else ""
     return taken
+
+
+def _choosing(options: Mapping[str, Any], framework: str | None) -> dict[str, Any]:
+    """Return what decides which files travel."""
+    chosen = {name: options[name] for name in _CHOOSING if options.get(name) is not None} | _components(options)
+    return chosen | ({"framework": framework} if framework in _CHOOSING_FRAMEWORKS else {})
 
 
 def _components(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 stdout carries the result and nothing else (one JSON document with ``--json``); progress and errors go to stderr.
 Exit codes: 0 done, 1 an error of ours or an unsound file, 2 usage, 130 Ctrl-C, 141 nobody reads stdout, 143 SIGTERM.
-``exec`` and ``profile`` end as their program does; 126 and 127 if that cannot be run, as in a shell.
+``exec`` and ``profile`` end as their program does; 126 and 127 if that cannot be run, as in a shell. ``serve`` ends with 0
+after both signals.
 """
 
 from __future__ import annotations
@@ -121,10 +122,11 @@ def _load(args: argparse.Namespace) -> _Result:
         fastload.profile(events=outputs.needs_events, imports=True) as profiles,
     ):
         try:
-            loaded = fastload.load(source, revision=revision, observers=[observer], **given, **_common(args))
+            load = fastload.load_tensors if args.tensors else fastload.load
+            loaded = load(source, revision=revision, observers=[observer], **given, **_common(args))
         finally:  # of a load that failed most of all
             profiling.write(profiles, outputs)
-    kind = f"{type(loaded).__module__}.{type(loaded).__qualname__}"
+    kind = f"{len(loaded)} tensors" if args.tensors else f"{type(loaded).__module__}.{type(loaded).__qualname__}"
     text = report.render(profiles, width=_columns(), ascii=not _draws())
     return _Result({"type": kind, **profiles.to_record()}, f"{kind}\n{text}\n{profiles.cold_start}")
 
@@ -176,10 +178,27 @@ def _exec(args: argparse.Namespace) -> _Result:
         return _Result({}, "", 127 if isinstance(e, FileNotFoundError) else 126)
 
 
+def _serve(args: argparse.Namespace) -> _Result:
+    from .serving.command import Weights
+    from .serving.options import Options
+    from .serving.serve import serve
+
+    if (args.app is None) == (not args.command):
+        args.parser.error("expected MODULE:NAME, or `-- PROGRAM …`")
+    options = Options.of(args, args.command)
+    weights = Weights(_sources(args) if args.source or args.locked else (), _common(args))
+
+    def announce(url: str) -> None:
+        print(f"fastload serve: {options.name} at {url}", file=sys.stderr, flush=True)
+
+    serve(options, weights, announce, os.environ)
+    return _Result({}, "")
+
+
 def _verify(args: argparse.Namespace) -> _Result:
     from .asking import ask
     from .cache import check_snapshot
-    from .resolve import find_source
+    from .known import find_source
 
     asked = ask(args.source[0], revision=args.revision, settings=_overrides(args))
     source = find_source(asked.request, asked.settings, asked.pm)
@@ -208,6 +227,15 @@ def _lock(args: argparse.Namespace) -> _Result:
     return _Result({"path": args.output, **lock.to_record()}, "\n".join([*lines, f"written: {args.output}"]))
 
 
+def _doctor(args: argparse.Namespace) -> _Result:
+    from . import doctor
+
+    examination = doctor.examine(
+        args.source, revision=args.revision, settings=_overrides(args), link_bytes_per_s=args.link
+    )
+    return _Result(examination.to_record(), "\n".join(examination.lines()), 0 if examination.ok else 1)
+
+
 def _plugins(args: argparse.Namespace) -> _Result:
     from . import plugins, report
 
@@ -230,9 +258,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], _Result]] = {
     "prefetch": _prefetch,
     "load": _load,
     "exec": _exec,
+    "serve": _serve,
     "profile": _profile,
     "verify": _verify,
     "lock": _lock,
+    "doctor": _doctor,
     "plugins": _plugins,
     "settings": _show_settings,
 }

@@ -1,8 +1,8 @@
 """The cold start: every second from the start of the process to the model, given to exactly one phase.
 
 Phases overlap; a program waits for one thing at a time. What the program itself does (starting, importing, building) comes
-first; while it does nothing it waits for bytes, then for their digest, then for the list of files. So the shares of all
-phases, with ``unaccounted``, add up to the whole, and what a phase did while another one was on the way is ``hidden``.
+first; while it does nothing it waits for bytes, then for the device, for their digest, for the list of files. So the shares
+of all phases, with ``unaccounted``, add up to the whole, and what a phase did while another one was on the way is ``hidden``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .measured import Profile
 from .phases import Intervals
 
 #: In the order in which they are shown.
-SHARES = ("interpreter", "imports", "resolve", "download", "write", "verify", "build")
+SHARES = ("interpreter", "imports", "resolve", "download", "write", "verify", "device", "build")
 #: Who gets a moment in which several are busy.
-_FIRST = ("interpreter", "imports", "build", "download", "write", "verify", "resolve")
+_FIRST = ("interpreter", "imports", "build", "download", "write", "device", "verify", "resolve")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .device import device_error, import_torch
+from .device import check_fits, device_error, import_torch, reserve, rounded
 from .errors import CacheError, DeviceError, FastloadError
 from .events import Events
 from .lane import Lane
@@ -55,7 +56,8 @@ class _Sent:
     file: str
     device: torch.device
     size: int
-    at_s: float
+    taken_s: float
+    filled_s: float
     event: Any = None
     checks: list[_Check] = field(default_factory=list)
 
@@ -78,6 +80,50 @@ class Copies:
         self._lanes: dict[torch.device, Lane] = {}
         self._free = list(range(SLOTS))
         self._sent: deque[_Sent] = deque()
+        #: When the last copy to each device was over.
+        self._over_s: dict[torch.device, float] = {}
+
+    def prepare(self, device: torch.device) -> None:
+        """Allocate and page-lock the slots, which takes a while: best before the first bytes are there.
+
+        Raises:
+            DeviceError: There is no host memory for them, or the device has failed before.
+        """
+        if self._slots is not None:
+            return
+        try:
+            self._slots = PinnedSlots(SLOTS, self.slot_bytes, device)
+            if self._verify:
+                self._back = PinnedSlots(SLOTS, self.slot_bytes, device)
+        except OSError as e:
+            size = SLOTS * self.slot_bytes
+            raise DeviceError(
+                f"the host has no {size} bytes for copies to {device}: {e.strerror}", hint="a smaller pinned_bytes"
+            ) from e
+        except (RuntimeError, AssertionError) as e:
+            raise device_error(e, device, "host memory was page-locked for it") from e
+
+    def allocate(self, device: torch.device, feeds: Sequence[Feed]) -> None:
+        """Give *feeds*, tensors of one file that all go to *device*, their memory there, carved out of one piece.
+
+        Raises:
+            DeviceError: It is too full.
+        """
+        if not feeds:
+            return
+        path = feeds[0].file.path
+        feed = feeds[0]
+        try:
+            check_fits(device, sum(rounded(feed.device_bytes) for feed in feeds), f"the tensors of {path}")
+            reserve(device, [feed.device_bytes for feed in feeds])
+            lane = self._lane(device)
+            for feed in feeds:
+                feed.target = lane.allocate(feed.info.shape, feed.final)
+            lane.follow()
+        except (RuntimeError, AssertionError) as e:
+            traceback.clear_frames(e.__traceback__)
+            what = f"tensor {feed.info.name!r} ({feed.device_bytes} bytes) of {path} got its memory"
+            raise device_error(e, device, what) from e
 
     def send(self, group: Group) -> tuple[Any, list[Feed]]:
         """Read *group*, which has landed, into a slot and start its copies; waits for a slot, and for nothing else.
@@ -91,8 +137,9 @@ class Copies:
         span = group.span
         try:
             slot = self._acquire(group.device)
+            taken_s = self._events.clock()
             _read(group.file, self._slots.view(slot)[: len(span)], span.start)
-            sent = _Sent(slot, group.file.path, group.device, len(span), self._events.clock())
+            sent = _Sent(slot, group.file.path, group.device, len(span), taken_s, self._events.clock())
             lane = self._lane(group.device)
             fresh = [feed for feed in dict.fromkeys(p.feed for p in group.pieces) if feed.target is None]
             for feed in fresh:
@@ -151,10 +198,7 @@ class Copies:
 
     def _acquire(self, device: torch.device) -> int:
         """Return a free slot; wait for the oldest copy where there is none."""
-        if self._slots is None:
-            self._slots = PinnedSlots(SLOTS, self.slot_bytes, device)
-            if self._verify:
-                self._back = PinnedSlots(SLOTS, self.slot_bytes, device)
+        self.prepare(device)
         self.retire_done()
         while not self._free:
             self._retire()
@@ -189,8 +233,14 @@ class Copies:
                     "than were sent there",
                     hint="the device, its memory or its driver is damaged",
                 )
-        seconds = self._events.clock() - sent.at_s
-        self._events.emit("copy.finished", file=sent.file, seconds=seconds, bytes=sent.size, device=str(sent.device))
+        over_s = self._events.clock()
+        # Copies to one device run one after another.
+        queued_s = max(0.0, self._over_s.get(sent.device, sent.filled_s) - sent.filled_s)
+        self._over_s[sent.device] = over_s
+        self._events.emit(
+            "copy.finished", file=sent.file, seconds=over_s - sent.taken_s, bytes=sent.size, device=str(sent.device),
+            slot=sent.slot, read_s=sent.filled_s - sent.taken_s, queued_s=queued_s,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Wait for the copies on their way, whatever comes of them, and give the slots back. Harmless when repeated."""

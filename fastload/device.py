@@ -137,27 +137,45 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         raise DeviceError(f"cannot copy {tensor.nbytes} bytes to {device}: {_first_line(e)}") from e
 
 
-def reserve(device: torch.device, sizes: Iterable[int]) -> None:
-    """Let torch take from *device*, in one piece, what tensors of *sizes* (bytes) need; each is carved out of it later.
+def rounded(size: int) -> int:
+    """Return what torch takes of a device for a tensor of *size* bytes."""
+    return -(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how many bytes of *device* nobody uses, those that torch's allocator has to spare included."""
+    torch = import_torch()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+
+
+def check_fits(device: torch.device, needed: int, what: str) -> None:
+    """Check that *device* has room for *needed* more bytes.
 
     Raises:
-        DeviceError: They cannot fit.
+        DeviceError: It has not; *what* names those who need them.
+    """
+    free = free_bytes(device)
+    if needed > free:
+        raise DeviceError(
+            f"{device} is out of memory: {what} need {needed} bytes, {free} bytes are free", hint=_OOM_HINT
+        )
+
+
+def reserve(device: torch.device, sizes: Iterable[int]) -> None:
+    """Let torch take from *device*, in one piece, what tensors of *sizes* (bytes) need.
+
+    They are carved out of it if they are allocated next. Without it each of them may cost a call of the driver, and those
+    wait for the device.
     """
     torch = import_torch()
-    rounded = [-(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES for size in sizes]
-    needed = sum(rounded)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free + unused:
-        raise DeviceError(
-            f"{device} is out of memory: the tensors need {needed} bytes, {free + unused} are free", hint=_OOM_HINT
-        )
-    whole = sum(size for size in rounded if size > _SMALL_BYTES) - unused
-    if whole > 0:
-        try:
-            torch.empty(whole, dtype=torch.uint8, device=device)  # given back at once: to torch, not to the device
-        except torch.OutOfMemoryError:
-            log.debug("%s has no piece of %d bytes; tensors are allocated one by one", device, whole)
+    whole = sum(size for size in map(rounded, sizes) if size > _SMALL_BYTES)
+    if whole <= torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device):
+        return
+    try:
+        torch.empty(whole, dtype=torch.uint8, device=device)  # given back at once: to torch, not to the device
+    except torch.OutOfMemoryError:
+        log.debug("%s has no piece of %d bytes; tensors are allocated one by one", device, whole)
 
 
 def device_error(error: BaseException, device: torch.device | None, doing: str) -> DeviceError:

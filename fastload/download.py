@@ -110,15 +110,25 @@ class Download:
         places = {path: place for path, place in found.items() if place is not None}
         return places if len(places) == len(found) else None
 
-    def look(self, offline: bool) -> Look:
-        """See whether the file is there; if not, try to become the one process that fetches it."""
+    def look(self, offline: bool, small_bytes: int) -> Look:
+        """See whether the file is there; if not, try to become the one process that fetches it.
+
+        Args:
+            small_bytes: A file up to this size is hashed now, which costs no more than to read that somebody did before.
+        """
         places = self.find()
         if places is None and not offline and self._lock():
             places = self.find()  # published between the first look and the lock
         distinct = dict.fromkeys(places.values()) if places else {}
-        untrusted = tuple(p for p in distinct if not self._cache.is_trusted(self.digest, p))
+        untrusted = tuple(p for p in distinct if not self.is_proven(p, small_bytes))
         owned = self._lock_fd is not None
         return Look(places, untrusted, owned, not owned and places is None and self.journal_path.exists())
+
+    def is_proven(self, path: Path, small_bytes: int) -> bool:
+        """Tell whether *path* is known to hold what it should; a file up to *small_bytes* is hashed now."""
+        if self.size <= small_bytes:
+            return self.hash_file(path) == self.digest
+        return self._cache.is_trusted(self.digest, path)
 
     def _lock(self) -> bool:
         if self._lock_fd is None:
@@ -315,7 +325,6 @@ class Download:
             finally:
                 os.close(fd)
             final = self._cache.publish(self.digest, self._commit, self.paths)
-        self._cache.stamp(self.digest, final[self.paths[0]], synced=False)
         self.unlock()
         return final
 

@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .athand import by_blob, manifest_message
 from .cache import RepoCache
 from .delivery import Delivery
 from .download import Download
-from .errors import CacheError, FastloadError, OfflineError, SourceError, to_record
+from .errors import CacheError, FastloadError, OfflineError, to_record
 from .events import Events, log
 from .fetch import Fetcher
 from .http import HttpClient
-from .plan import Selection, select
+from .plan import Selection, natural_key, select
 from .pools import Pools
+from .readahead import bring
 from .resolve import Resolved, absent_files, read_token, resolve
 from .retry import Sleep
+from .schedule import Wishes
 from .settings import Settings
 from .types import Manifest, Request
 
@@ -46,7 +50,14 @@ class Engine:
         self._sleep = sleep
         self.events = Events([lambda event: emit({"kind": "event", "event": event.to_record()})])
         self._published: list[tuple[Download, Path]] = []
+        self._found: list[Path] = []
         self._spare = True
+        self._wishes: Wishes | None = None
+
+    def want(self, paths: Iterable[str]) -> None:
+        """Deliver *paths* now; of a transfer on demand. Call it in the loop's thread, once the manifest was told."""
+        if self._wishes is not None:
+            self._wishes.want(paths)
 
     async def run(self, request: Request, *, settle: bool = False) -> None:
         """Deliver what *request* names; messages tell what happens.
@@ -60,6 +71,7 @@ class Engine:
         """
         self.events.emit("transfer.started", pid=os.getpid())
         self._spare = not request.everything
+        self._wishes = Wishes() if request.on_demand else None
         async with Pools() as pools:
             try:
                 try:
@@ -73,6 +85,14 @@ class Engine:
                 self._emit({"kind": "failed", "error": to_record(e)})
                 raise
 
+    async def read_ahead(self) -> None:
+        """After :meth:`run`: bring the weights that were in the cache, but not in memory, there before a framework asks.
+
+        Without effect after a transfer whose aim was the cache alone.
+        """
+        if self._spare and self.settings.read_ahead:
+            await bring(sorted(self._found, key=lambda path: natural_key(path.name)))
+
     async def _run(self, request: Request, pools: Pools) -> None:
         token = await pools.off(read_token, self.settings)
         endpoint = request.locked.endpoint if request.locked else self.settings.endpoint
@@ -83,6 +103,8 @@ class Engine:
                 )
                 manifest = resolved.manifest
                 selection = select(manifest, request.patterns, everything=request.everything, options=request.options)
+                if request.on_demand:  # whoever asks has another way for the rest
+                    selection = replace(selection, files=tuple(f for f in selection.files if f.digest is not None))
                 data.update(commit=manifest.commit, files=len(selection.files), requests=http.requests)
                 data["bytes"] = sum(f.size for f in selection.files)
             received = 0
@@ -103,27 +125,11 @@ class Engine:
             self.events.emit("transfer.finished", bytes=received, requests=http.requests)
         self._emit({"kind": "finished"})
 
-    def _tell_manifest(self, manifest: Manifest, selection: Selection, folder: Path) -> None:
-        self._emit(
-            {
-                "kind": "manifest",
-                "source": manifest.source,
-                "revision": manifest.revision,
-                "commit": manifest.commit,
-                "endpoint": manifest.endpoint,
-                "path": str(folder),
-                "weights": list(selection.weights),
-                "files": [
-                    {"path": f.path, "size": f.size, "digest": str(f.digest) if f.digest else ""}
-                    for f in selection.files
-                ],
-            }
-        )
-
     def _deliver_local(self, manifest: Manifest, selection: Selection) -> None:
         """The files are on this machine, outside any cache: nothing travels, and nobody knows their digests."""
         folder = manifest.local or Path()
-        self._tell_manifest(manifest, selection, folder)
+        self._emit(manifest_message(manifest, selection, folder))
+        self._found = [folder / path for path in selection.weights]
         for file in selection.files:
             self.events.emit("file.planned", file=file.path, bytes=file.size, state="cached")
             self._emit({"kind": "ready", "file": file.path, "final": str(folder / file.path)})
@@ -132,7 +138,7 @@ class Engine:
         self, resolved: Resolved, cache: RepoCache, selection: Selection, fetcher: Fetcher, pools: Pools
     ) -> None:
         manifest = resolved.manifest
-        downloads = _by_blob(manifest, selection, cache)
+        downloads = by_blob(manifest, selection, cache)
         writable = not resolved.offline
         if resolved.offline:
             await pools.off(_refuse_missing, downloads)
@@ -141,18 +147,21 @@ class Engine:
                 writable = await pools.off(_prepare, cache, downloads)
             except CacheError as e:
                 writable, cache = False, await self._beside(e, manifest, pools)
-                downloads = _by_blob(manifest, selection, cache)
-        self._tell_manifest(manifest, selection, cache.snapshot_path(manifest.commit))
-        if writable and resolved.complete:
+                downloads = by_blob(manifest, selection, cache)
+        self._emit(manifest_message(manifest, selection, cache.snapshot_path(manifest.commit)))
+        if writable and resolved.complete and self._wishes is None:
             await pools.off(cache.write_tree, manifest)
             absent = absent_files(manifest)
             await pools.unbroken(lambda threads: cache.write_no_exist(manifest.commit, absent, executor=threads))
         delivery = Delivery(
-            self.settings, self._emit, self.events, fetcher, pools, self._sleep, offline=resolved.offline
-        )
+            self.settings, self._emit, self.events, fetcher, pools, self._sleep, offline=resolved.offline,
+            wishes=self._wishes,
+        )  # fmt: skip
         await delivery.run(downloads)
+        self._found = delivery.found
         if writable:
             self._published = delivery.published
+        if writable and self._wishes is None:
             # Last: a ref to a snapshot that is not there counts as damage.
             await pools.unbroken(lambda threads: cache.write_ref(manifest.revision, manifest.commit, executor=threads))
 
@@ -170,24 +179,9 @@ class Engine:
             raise error from None
         self._emit({"kind": "temporary", "path": str(root)})
         log.warning("%s: this load goes through %s, and the next one fetches everything again", error.message, root)
-        cache = RepoCache(root, manifest.source, symlinks=self.settings.symlinks)
+        cache = RepoCache(root, manifest.source, symlinks=self.settings.symlinks, network=self.settings.network_cache)
         await pools.off(cache.prepare)
         return cache
-
-
-def _by_blob(manifest: Manifest, selection: Selection, cache: RepoCache) -> list[Download]:
-    """One download for each content, whatever number of paths shows it."""
-    downloads: dict[str, Download] = {}
-    for file in selection.files:
-        if file.digest is None:
-            raise SourceError(
-                f"{manifest.source}: the hub names no digest of {file.path}: nobody could tell whether its bytes are right",
-                hint="use a hub that does, or a fastload.lock",
-            )
-        if str(file.digest) not in downloads:
-            downloads[str(file.digest)] = Download(file, file.digest, cache, manifest.commit)
-        downloads[str(file.digest)].paths.append(file.path)
-    return list(downloads.values())
 
 
 def _prepare(cache: RepoCache, downloads: list[Download]) -> bool:

@@ -247,3 +247,7 @@ def _tree(root: type[FastloadError]) -> Iterator[type[FastloadError]]:
 
 
 _BY_NAME = {kind.__name__: kind for kind in _tree(FastloadError)}
+
+
+class FastloadWarning(UserWarning):
+    """Something went another way than was asked for, and the result is the same."""

@@ -45,8 +45,11 @@ class Event:
     ``transfer.finished``   the last file is verified; data: bytes (travelled), requests
     ``build.started``       the framework begins; data: framework
     ``build.finished``      the framework's object is there
+    ``result.measured``     what was built or collected; data: bytes (in the host's memory), zero_copy_bytes (those that
+                            are views of the weight files)
     ``build.waited``        the framework waited for bytes; data: start, stop
-    ``copy.finished``       bytes are on a device; data: bytes, device
+    ``copy.finished``       bytes of a slot are on a device; seconds since the slot was taken; data: bytes, device, slot,
+                            read_s (filling the slot), queued_s (until the copies before it were over)
     ======================  =====================================================================
     """
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .copies import Copies
@@ -53,6 +55,8 @@ class Feeder:
         self._copies = Copies(self._events, pinned_bytes, verify=verify)
         self._staging = Staging(self._copies.slot_bytes, self._landed)
         self._changed = threading.Condition()
+        #: Files whose heads have not landed, and where their tensors are to go.
+        self._coming: dict[WeightFile, tuple[torch.device, torch.dtype | None]] = {}
         #: What nobody has asked for yet.
         self._expected: dict[_Key, Feed] = {}
         #: Whose memory copies may still write to; it goes back to torch when they are over, not before.
@@ -80,6 +84,16 @@ class Feeder:
             self._expected.update({_key(feed): feed for feed in feeds})
             self._wake()
 
+    def bring(self, files: Iterable[WeightFile], device: torch.device, dtype: torch.dtype | None) -> None:
+        """As :meth:`expect` of all *files*, without a limit and without waiting: each begins when its head has landed.
+
+        The tensors of a file get their memory together, so that torch's allocator asks the device once a file.
+        """
+        with self._changed:
+            self._staging.lead_bytes = None
+            self._coming.update(dict.fromkeys(files, (device, dtype)))
+            self._wake()
+
     def take(self, file: WeightFile, name: str, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return tensor *name* of *file* on *device*, the caller's own, once all its bytes are on their way there.
 
@@ -90,14 +104,18 @@ class Feeder:
             FastloadError: The transfer failed.
         """
         started_s = self._events.clock()
-        arriving = not file.view.ready
+        waited = False
         wanted = feed_of(file, name, device, dtype)
         with self._changed:
+            while file in self._coming:  # its head has landed, and the thread is about to see that
+                self._check()
+                self._changed.wait()
             feed = self._expected.pop(_key(wanted), wanted)
             self._held.add(feed)
             self._staging.demand(feed)
             self._wake()
             while feed.event is None or feed.target is None:
+                waited = True
                 self._check()
                 self._changed.wait()
             self._check()
@@ -108,7 +126,7 @@ class Feeder:
                 raise self._fail(device_error(e, device, f"tensor {name!r} was handed out")) from e
             self._held.discard(feed)
             self._wake()
-        if arriving:
+        if waited:
             span = feed.info.span
             seconds = self._events.clock() - started_s
             self._events.emit("build.waited", file=file.path, seconds=seconds, start=span.start, stop=span.stop)
@@ -145,6 +163,7 @@ class Feeder:
         """Let the thread end once nobody waits for a tensor."""
         with self._changed:
             self._staging.forget()
+            self._coming.clear()
             thread = self._thread
             self._changed.notify_all()
         if thread is not None:
@@ -166,13 +185,18 @@ class Feeder:
 
     def _wake(self) -> None:
         """Let the thread look again; start one if there is none. Called with the lock."""
-        if self._thread is None and self.error is None and not self._closed and not self._staging.idle():
+        if self._thread is None and self.error is None and not self._closed and not self._idle():
             self._thread = threading.Thread(target=self._run, name="fastload-feed")
             self._thread.start()
         self._changed.notify_all()
 
+    def _idle(self) -> bool:
+        return not self._coming and self._staging.idle()
+
     def _run(self) -> None:
         try:
+            for device in {device for device, _ in tuple(self._coming.values())}:
+                self._copies.prepare(device)
             while self._step():
                 pass
         except FastloadError as e:
@@ -208,6 +232,7 @@ class Feeder:
         """Wait for the next group whose bytes have landed; ``None`` when there is nothing more to wait for."""
         pause_s, longest_s = _POLL_S
         while True:
+            self._take_in()
             with self._changed:
                 if self._closed or self.error is not None:
                     return None
@@ -215,13 +240,28 @@ class Feeder:
                 if group is not None:
                     return group
                 # The last: the program ended without closing us, and the interpreter waits for this thread.
-                if self._staging.idle() or not threading.main_thread().is_alive():
+                if self._idle() or not threading.main_thread().is_alive():
                     self._thread = None
                     return None
                 self._ask()
                 self._changed.wait(pause_s)
             pause_s = min(pause_s * 1.3, longest_s)
             self._copies.retire_done()
+
+    def _take_in(self) -> None:
+        """Take in the first file whose head has landed; one at a time, so that copies need not wait for all heads."""
+        for file, (device, dtype) in tuple(self._coming.items()):
+            infos = file.landed_tensors(partial(self._landed, file))
+            if infos is None:
+                continue
+            feeds = [feed_of(file, info.name, device, dtype) for info in infos.values() if feedable(info)]
+            self._copies.allocate(device, feeds)
+            with self._changed:
+                if self._coming.pop(file, None) is not None:  # else nobody wants it any more
+                    self._staging.expect(feeds)
+                    self._expected.update({_key(feed): feed for feed in feeds})
+                    self._changed.notify_all()
+            return
 
     def _ask(self) -> None:
         """Ask the owners of the files to fetch next what somebody waits for. Called with the lock."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 from .answers import check_etag
+from .digest import mismatch
 from .download import Download
 from .errors import AccessError, AllMirrorsFailedError, Attempt, DownloadError, MirrorError, MirrorStatusError
-from .events import Events
+from .events import Events, log
 from .http import HttpClient, RangeIgnored
 from .mirrors import Mirrors
 from .refusals import refusal
 from .retry import Retrying, Sleep
 from .settings import Settings
 from .sink import Fill
-from .types import ByteRange, Manifest
+from .types import ByteRange, Digest, Manifest
 
 
 class Fetcher:
@@ -62,6 +64,9 @@ class Fetcher:
             url = self._url(download, base)
             try:
                 await self._http.fetch(url, span, fill, size=download.size, check=self._checker(download, base))
+            except asyncio.CancelledError:  # given up as too slow, perhaps: let others be asked first
+                self.mirrors.delivered(base, fill.filled_bytes - before, self._events.clock() - started_s)
+                raise
             except RangeIgnored:
                 download.ignores_ranges.add(base)
                 if set(self.mirrors.urls) <= download.ignores_ranges | download.hopeless.keys() or download.only:
@@ -113,6 +118,27 @@ class Fetcher:
             self.mirrors.delivered(base, download.size, self._events.clock() - started_s)
 
         await self._anywhere(download, ByteRange(0, download.size), once, lambda: furthest, ranged=False)
+
+    def suspect(self, download: Download, actual: Digest) -> None:
+        """After a wrong digest, choose whom to ask alone.
+
+        Raises:
+            IntegrityError: All were asked.
+        """
+        culprits = ", ".join(sorted(download.contributed))
+        if not download.blame(self.mirrors.urls):
+            error = mismatch(download.paths[0], download.digest, actual, culprits, final=True)
+            download.refuse(error)
+            raise error
+        self._events.emit(
+            "file.refetched", file=download.paths[0], mirror=culprits, expected=str(download.digest), actual=str(actual)
+        )
+        log.warning(
+            "%s from %s does not match its digest and is fetched anew from %s",
+            download.paths[0],
+            culprits,
+            download.only,
+        )
 
     def _checker(self, download: Download, base: str) -> Callable[[object], None]:
         # The origin's digests are the manifest's; only a mirror can be found out before its bytes travel.
@@ -174,6 +200,7 @@ class Fetcher:
                 if e.retryable:
                     asked_s = getattr(e, "retry_after_s", None)
                     longest_s = self._settings.retry_after_max_s
+                    self.mirrors.throttled += getattr(e, "status", None) == 429
                     self.mirrors.failed(base, None if asked_s is None else min(asked_s, longest_s))
                 else:
                     download.hopeless[base] = e

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -337,13 +338,13 @@ def translate(error: BaseException, url: str, timed_out: str) -> MirrorError:
     if isinstance(error, TimeoutError):
         return MirrorTimeoutError(f"{where}: {timed_out}", mirror=where)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return MirrorError(
-            f"{where}: its certificate is not trusted: {error.certificate_error}",
-            mirror=where,
-            retryable=False,
-            hint="for a private authority set SSL_CERT_FILE (or ca_file) to its PEM file",
-        )
+        why = f"{where}: its certificate is not trusted: {error.certificate_error}"
+        hint = "for a private authority set SSL_CERT_FILE (or ca_file) to its PEM file"
+        return MirrorError(why, mirror=where, retryable=False, hint=hint)
     if isinstance(error, aiohttp.InvalidURL):
         return MirrorError(f"{where}: not a URL", mirror=where, retryable=False)
+    if isinstance(error, aiohttp.ClientConnectorError):  # the system's own words, without the repr of an SSLContext
+        said = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error.os_error
+        error = OSError(f"cannot connect to {error.host}:{error.port}: {said}")
     text = str(error) or type(error).__name__
     return MirrorError(f"{where}: {text.splitlines()[0]}", mirror=where)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from .asking import Asked
+from .athand import deliver
 from .errors import FastloadError
 from .events import Events
 from .pools import outlast
@@ -29,6 +30,8 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
 
     async def run() -> None:
         try:
+            if await asyncio.to_thread(deliver, asked.request, asked.settings, asked.pm, transfer.apply):
+                return
             engine = await asyncio.to_thread(engine_class)
             await engine(asked.settings, transfer.apply, asked.pm).run(asked.request, settle=settle)
         except FastloadError:

@@ -38,6 +38,8 @@ def launch(sources: Sequence[tuple[str, str | None]], command: Sequence[str], co
     sys.stdout.flush()
     sys.stderr.flush()
     _detach(lambda: _fetch(sources, common, program))
+    # Where the wheel is installed, an unchanged from_pretrained then reads along (fastload.starting).
+    os.environ.setdefault("FASTLOAD_ACCELERATE", ",".join(source for source, _ in sources))
     for name in ("SIGPIPE", "SIGXFSZ"):  # the interpreter ignores them, and a program inherits what is ignored
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     os.execvp(command[0], list(command))

@@ -84,7 +84,7 @@ def load(
     """
     asked = ask(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
-        options=options,
+        options=options, framework=framework,
     )  # fmt: skip
     with _loading(asked) as loading:
         return loading.build(framework, device, dtype, asked.options)
@@ -190,7 +190,7 @@ def start(
     other process.
 
     Args:
-        options: Those of ``load``'s that choose files matter: variant, subfolder, use_safetensors.
+        options: Those of ``load``'s that choose files matter: framework, variant, subfolder, use_safetensors.
     """
     return transfers.begin(
         ask(
@@ -201,6 +201,7 @@ def start(
             settings=settings,
             observers=observers,
             lock=lock,
+            framework=options.pop("framework", None),
             options=options,
         )
     )
@@ -243,7 +244,7 @@ async def aload(
     """As :func:`load`, in the running event loop; the framework builds in a worker thread."""
     asked = await asyncio.to_thread(
         ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
-        options=options,
+        options=options, framework=framework,
     )  # fmt: skip
     async with _aloading(asked) as loading:
         return await in_thread(loading.transfer, loading.build, framework, device, dtype, asked.options)

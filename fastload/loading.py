@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from .events import Events
 from .plugins import call_hook
 from .profile import Profile
 from .profile import begin as begin_profile
+from .runtimes import hint_for
 from .tensors import TensorStream
 from .transfer import Transfer
 from .types import Snapshot
+from .zerocopy import zero_copy_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +67,10 @@ class Loading:
 
     def open_stream(self, device: Any, dtype: Any) -> TensorStream:
         """Return a stream over the weights, with this load's profile."""
-        stream = TensorStream(self.transfer, self._asked.pm, device=device, dtype=dtype, settings=self._asked.settings)
+        asked = self._asked
+        stream = TensorStream(
+            self.transfer, asked.pm, device=device, dtype=dtype, settings=asked.settings, lock=asked.lock
+        )
         stream.profile = self.profile
         self._streams.append(stream)
         return stream
@@ -101,8 +107,8 @@ class Loading:
         snapshot = self.transfer.wait_manifest()
         if not self.transfer.weights:
             raise UnsupportedSourceError(
-                f"{snapshot.source}: none of the {len(snapshot.files)} files holds tensors",
-                hint="files= chooses others; fastload.prefetch fetches files of any kind",
+                f"{snapshot.source}: none of the {len(snapshot.files)} files holds tensors{self._left()}",
+                hint=self._onward() or "files= chooses others; fastload.prefetch fetches files of any kind",
             )
 
         def collect() -> dict[str, torch.Tensor]:
@@ -113,6 +119,7 @@ class Loading:
                 stream.close()
 
         collected: dict[str, torch.Tensor] = self._verified(collect)
+        self._measure(collected)
         return collected
 
     def build(self, framework: str | None, device: Any, dtype: Any, options: Mapping[str, Any]) -> Any:
@@ -143,10 +150,35 @@ class Loading:
         if built is None:
             raise UnsupportedSourceError(
                 f"no plugin builds {self._asked.request.source}"
-                + (f" with framework={framework!r}" if framework else ""),
-                hint="fastload.load_tensors gives the tensors of any model; `fastload plugins` lists what is installed",
+                + (f" with framework={framework!r}" if framework else "")
+                + self._left(),
+                hint=self._onward()
+                or "fastload.load_tensors gives the tensors of any model; `fastload plugins` lists what is installed",
             )
+        self._measure(built)
         return built
+
+    def _measure(self, result: Any) -> None:
+        """Tell how much of *result* was never copied."""
+        files = []
+        for view in tuple(self.transfer.files.values()):
+            try:
+                if view.final is not None:
+                    files.append((os.stat(view.final).st_ino, os.path.realpath(view.final)))
+            except OSError:  # removed since; then it is told as copied
+                continue
+        found = zero_copy_bytes(result, files)
+        if found is not None:
+            self._events.emit("result.measured", zero_copy_bytes=found[0], bytes=found[1])
+
+    def _left(self) -> str:
+        left = self.transfer.left
+        return f"; there is {', '.join(left[:4])}{' …' if left[4:] else ''} for other runtimes" if left else ""
+
+    def _onward(self) -> str | None:
+        """Return how to bring weights to the runtime that they are for, if that is all there is."""
+        left = self.transfer.left
+        return hint_for(self.transfer.wait_manifest().source, left[0]) if left else None
 
     def _verified(self, make: Any) -> Any:
         """Return what *make* returns, once all files are verified; make it again if some had been wrong meanwhile."""

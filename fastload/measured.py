@@ -17,6 +17,7 @@ _WORK = {
     "range.retried": "download",
     "write.finished": "write",
     "verify.advanced": "verify",
+    "copy.finished": "device",
 }
 
 
@@ -35,6 +36,8 @@ class Profile:
         retries: Attempts at ranges that failed.
         refetched: Files that were started over because their digest did not match.
         requests: HTTP requests that were made.
+        result_bytes: What the load returned, as far as it is in the host's memory; 0 until it is whole.
+        zero_copy_bytes: What of it are views of the weight files, and was never copied.
         pid: Of the program that loads.
         events: All events, in the order in which they were told; ``None`` unless they are kept, which takes some
             hundred bytes for each range of 8 MiB.
@@ -58,6 +61,8 @@ class Profile:
         self.retries = 0
         self.refetched = 0
         self.requests = 0
+        self.result_bytes = 0
+        self.zero_copy_bytes = 0
         self._lock = threading.Lock()
         self._started_s: float | None = None
         self._first_s: float | None = None
@@ -133,6 +138,9 @@ class Profile:
     def _verified(self, event: Event) -> None:
         self._bytes["verify"] += event.data.get("bytes", 0)
 
+    def _copied(self, event: Event) -> None:
+        self._bytes["device"] += event.data.get("bytes", 0)
+
     def _transferred(self, event: Event) -> None:
         self._counted_bytes = event.data.get("bytes", self._counted_bytes)
         self.requests = max(self.requests, event.data.get("requests", 0))  # those of resolve included
@@ -149,6 +157,10 @@ class Profile:
 
     def _build_waited(self, event: Event) -> None:
         self._waits.add(event.at_s - event.seconds, event.at_s)
+
+    def _result(self, event: Event) -> None:
+        self.result_bytes = event.data.get("bytes", 0)
+        self.zero_copy_bytes = event.data.get("zero_copy_bytes", 0)
 
     def _close_build(self, at_s: float) -> None:
         if self._build_started_s is not None:
@@ -199,6 +211,11 @@ class Profile:
         """Bytes that came over the network for this load, repeated ones included."""
         with self._lock:
             return self._bytes["download"] if self._counted_bytes is None else self._counted_bytes
+
+    @property
+    def zero_copy_share(self) -> float | None:
+        """Share of the result's bytes that were never copied, 0 to 1; ``None`` where there is no result on the host."""
+        return self.zero_copy_bytes / self.result_bytes if self.result_bytes else None
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -255,6 +272,8 @@ class Profile:
             "requests": self.requests,
             "retries": self.retries,
             "refetched": self.refetched,
+            "result_bytes": self.result_bytes,
+            "zero_copy_bytes": self.zero_copy_bytes,
             "phases": [phase.to_record() for phase in self.phases],
         }
 
@@ -277,6 +296,8 @@ class Profile:
         yield f"{self.source or 'load'}: {', '.join(parts)}"
         for line in table(self.phases):
             yield f"  {line}"
+        if self.zero_copy_share is not None:
+            yield f"  never copied: {self.zero_copy_share:.1%} of the {megabytes(self.result_bytes)} MB returned"
         if self.waited_s:
             yield f"  readers waited for bytes: {self.waited_s:.2f} s"
         if self.idle_s >= 0.01:
@@ -294,8 +315,10 @@ _TAKERS: dict[str, Callable[[Profile, Event], None]] = {
     "range.landed": Profile._landed,
     "write.finished": Profile._written,
     "verify.advanced": Profile._verified,
+    "copy.finished": Profile._copied,
     "transfer.finished": Profile._transferred,
     "build.started": Profile._build_started,
     "build.finished": Profile._build_finished,
     "build.waited": Profile._build_waited,
+    "result.measured": Profile._result,
 }

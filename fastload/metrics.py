@@ -10,7 +10,7 @@ from .profile import Profiles
 _Labels = tuple[tuple[str, str], ...]
 
 
-class _Family:
+class Family:
     """One metric: its samples, added up by labels."""
 
     def __init__(self, name: str, kind: str, help: str) -> None:
@@ -44,8 +44,8 @@ def prometheus(subject: Profiles | Profile) -> str:
     return "".join(f"{line}\n" for family in families for line in family.lines())
 
 
-def _seconds(loads: Iterable[Profile]) -> _Family:
-    family = _Family("fastload_load_seconds", "summary", "From the call to the verified model.")
+def _seconds(loads: Iterable[Profile]) -> Family:
+    family = Family("fastload_load_seconds", "summary", "From the call to the verified model.")
     for load in loads:
         labels = {"source": load.source, "outcome": "ok" if load.ok else "failed"}
         family.add(load.total_s, "_sum", **labels)
@@ -53,9 +53,9 @@ def _seconds(loads: Iterable[Profile]) -> _Family:
     return family
 
 
-def _phases(loads: Iterable[Profile]) -> Iterator[_Family]:
-    busy = _Family("fastload_phase_seconds_total", "counter", "How long a phase was busy.")
-    hidden = _Family("fastload_hidden_seconds_total", "counter", "How much of it cost the load nothing.")
+def _phases(loads: Iterable[Profile]) -> Iterator[Family]:
+    busy = Family("fastload_phase_seconds_total", "counter", "How long a phase was busy.")
+    hidden = Family("fastload_hidden_seconds_total", "counter", "How much of it cost the load nothing.")
     for load in loads:
         for phase in load.phases:
             busy.add(phase.busy_s, source=load.source, phase=phase.name)
@@ -64,8 +64,8 @@ def _phases(loads: Iterable[Profile]) -> Iterator[_Family]:
     yield hidden
 
 
-def _bytes(loads: Iterable[Profile]) -> _Family:
-    family = _Family("fastload_bytes_total", "counter", "Where the bytes came from.")
+def _bytes(loads: Iterable[Profile]) -> Family:
+    family = Family("fastload_bytes_total", "counter", "Where the bytes came from.")
     for load in loads:
         tiers = {"network": load.travelled_bytes, "cache": load.cached_bytes, "resumed": load.resumed_bytes}
         for tier, count in tiers.items():
@@ -73,7 +73,7 @@ def _bytes(loads: Iterable[Profile]) -> _Family:
     return family
 
 
-def _counts(loads: Iterable[Profile]) -> Iterator[_Family]:
+def _counts(loads: Iterable[Profile]) -> Iterator[Family]:
     counts: Mapping[str, tuple[str, Callable[[Profile], float]]] = {
         "fastload_requests_total": ("HTTP requests.", lambda load: load.requests),
         "fastload_retries_total": ("Attempts at ranges that failed.", lambda load: load.retries),
@@ -81,17 +81,17 @@ def _counts(loads: Iterable[Profile]) -> Iterator[_Family]:
         "fastload_waited_seconds_total": ("How long readers waited for bytes.", lambda load: load.waited_s),
     }
     for name, (help, count) in counts.items():
-        family = _Family(name, "counter", help)
+        family = Family(name, "counter", help)
         for load in loads:
             family.add(count(load), source=load.source)
         yield family
 
 
-def _cold_start(profiles: Profiles) -> Iterator[_Family]:
+def _cold_start(profiles: Profiles) -> Iterator[Family]:
     cold = profiles.cold_start
     if not profiles.loads:
         return
-    family = _Family("fastload_cold_start_seconds", "gauge", "From process start to the last load, shared out.")
+    family = Family("fastload_cold_start_seconds", "gauge", "From process start to the last load, shared out.")
     for share in cold.shares:
         family.add(share.seconds, phase=share.name)
     yield family

@@ -21,12 +21,16 @@ class Mirrors:
 
     A mirror's share follows the rate that one connection to it was measured at; unknown ones count as the best, so that
     each is tried early. A failing one rests, longer each time, and comes back.
+
+    Attributes:
+        throttled: How often one of them has said 429.
     """
 
     def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.urls = tuple(dict.fromkeys(urls))
         self._scores = {url: _Score() for url in self.urls}
         self._clock = clock
+        self.throttled = 0
 
     def pick(self, avoid: Collection[str] = (), only: str | None = None) -> str:
         """Return the base URL for the next request.

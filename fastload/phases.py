@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-#: Phases in the order in which bytes meet them; ``write`` shows only where ranges are copied to disk.
-PHASES = ("resolve", "download", "write", "verify", "build")
+#: Phases in the order in which bytes meet them; ``write`` shows only where ranges are copied to disk, ``device`` only where
+#: tensors go to one that is fed.
+PHASES = ("resolve", "download", "write", "verify", "device", "build")
 
 
 class Intervals:

@@ -13,7 +13,9 @@ from .types import ByteRange, Manifest, RemoteFile
 
 #: Files that hold weights, best first; a framework reads one kind, so a load fetches one kind.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx",
-                   ".onnx_data", ".tflite", ".mlmodel", ".pb", ".npz", ".jit")  # fmt: skip
+                   ".onnx_data", ".tflite", ".mlmodel", ".pb", ".npz", ".jit", ".flashpack")  # fmt: skip
+#: Files up to this size take one request, are verified in memory and need no journal (guessed: under a second to repeat).
+SMALL_BYTES = 1 << 20
 #: Never needed to build a model, sometimes large.
 _IDLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".mp4", ".mp3", ".wav", ".flac", ".pdf", ".zip",
                   ".gz", ".tar", ".parquet", ".arrow", ".csv", ".ipynb")  # fmt: skip
@@ -26,7 +28,11 @@ _NAME = re.compile(
 _IN_PIPELINES = ("diffusion_pytorch_model", "pytorch_model", "model")
 _ONNX_IN_PIPELINES = ("model.onnx", "model.onnx_data", "weights.pb")
 #: Kinds that no from_pretrained looks for by itself, in the order in which they are taken where there is nothing better.
-_OTHER_SUFFIXES = (".pt", ".pth", ".ckpt", ".gguf")
+_OTHER_SUFFIXES = (".pt", ".pth", ".ckpt", ".gguf", ".flashpack")
+#: Specified (sentence-transformers): the folders of a model's further modules: 1_Pooling, 2_Dense.
+_MODULE = re.compile(r"^\d+_\w+$")
+#: Specified (open_clip): the names that it looks for, best first.
+_OF_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 #: What trainers leave beside the weights in the same kind of file.
 _OF_TRAINING = re.compile(r"^(?:training_args|optimizer|scheduler|scaler|rng_state|random_states)(?:_\d+)?\.")
 
@@ -67,8 +73,9 @@ def select(
         patterns: Shell patterns (``*`` crosses ``/``, a trailing ``/`` means the folder), as huggingface_hub reads
             them; ``None`` leaves the choice to the rules below.
         everything: Without patterns: all files (``prefetch``), not just one kind of weights.
-        options: The framework's keyword arguments; ``variant``, ``subfolder``, ``use_safetensors``, ``use_onnx`` and
-            ``gguf_file`` matter, and ``components``, the names of what the caller brings for a pipeline.
+        options: The framework's keyword arguments; ``framework``, ``variant``, ``subfolder``, ``use_safetensors``,
+            ``use_onnx``, ``use_flashpack``, ``gguf_file``, ``single_file`` and ``weight_name`` matter, and ``components``,
+            the names of what the caller brings for a pipeline.
 
     Raises:
         NotFoundError: Patterns were given and match nothing.
@@ -87,12 +94,13 @@ def select(
         chosen = list(manifest.files)
         weights = [f for f in chosen if is_weight(f.path)]
     else:
-        weights = _framework_weights(manifest, options)
+        weights = _framework_weights(manifest, options) or _module_weights(manifest, options)
         if (
             not weights and manifest.get("model_index.json") is None
         ):  # a format of a plugin's: whatever is neither configuration nor a picture
             weights = [f for f in manifest.files if not _is_side_file(f.path) and not is_weight(f.path)]
-        small = [
+        modules = [f for f in _module_weights(manifest, options) if f not in weights]
+        small = modules + [
             f
             for f in manifest.files
             if f not in weights and not is_weight(f.path) and not f.path.lower().endswith(_IDLE_SUFFIXES)
@@ -104,6 +112,11 @@ def select(
     )
     in_order = sorted(weights, key=lambda f: natural_key(f.path))
     return Selection((*small_first, *in_order), tuple(f.path for f in in_order))
+
+
+def left_behind(manifest: Manifest, selection: Selection) -> list[str]:
+    """Return paths of weights that a load without any leaves where they are: they are for somebody else."""
+    return [] if selection.weights else [f.path for f in manifest.files if is_weight(f.path)]
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -126,15 +139,51 @@ def _is_side_file(path: str) -> bool:
 def _framework_weights(manifest: Manifest, options: Mapping[str, Any]) -> list[RemoteFile]:
     """One kind of weights a folder, as from_pretrained picks them: safetensors first, single file before shards."""
     subfolder = (options.get("subfolder") or "").strip("/")
+    if options.get("single_file"):
+        return _named(manifest, str(options["single_file"]))
+    if options.get("weight_name"):
+        return _named(manifest, f"{subfolder}/{options['weight_name']}".lstrip("/"))
+    if options.get("use_flashpack"):
+        depth = 1 if not subfolder and manifest.get("model_index.json") is not None else 0
+        within = [f for f in manifest.files if f.path.startswith(f"{subfolder}/" if subfolder else "")]
+        packs = [f for f in within if f.path.endswith(".flashpack")]
+        return [f for f in packs if f.path.removeprefix(f"{subfolder}/").count("/") == depth]
     if not subfolder and manifest.get("model_index.json") is not None:
         return _pipeline_weights(manifest.files, options)
     here = [f for f in manifest.files if f.path.rpartition("/")[0] == subfolder and is_weight(f.path)]
     if options.get("gguf_file"):
         return [f for f in here if _name(f) == options["gguf_file"]]
+    if options.get("framework") == "open_clip":
+        known = sorted((f for f in here if _name(f) in _OF_OPEN_CLIP), key=lambda f: _OF_OPEN_CLIP.index(_name(f)))
+        if known:
+            return known[:1]
     found = _one_kind(here, options.get("variant"), options.get("use_safetensors"))
     if found or options.get("variant") is not None or options.get("use_safetensors"):
         return found
     return _other_kind(here, manifest.source)
+
+
+def _module_weights(manifest: Manifest, options: Mapping[str, Any]) -> list[RemoteFile]:
+    """The weights of the modules beside the main one, in a repository of sentence-transformers: small, and no second model."""
+    if manifest.get("modules.json") is None or options.get("subfolder"):
+        return []
+    folders: dict[str, list[RemoteFile]] = {}
+    for f in manifest.files:
+        folder, _, _ = f.path.rpartition("/")
+        if _MODULE.match(folder) and is_weight(f.path):
+            folders.setdefault(folder, []).append(f)
+    return [f for here in folders.values() for f in _one_kind(here, None, options.get("use_safetensors"))]
+
+
+def _named(manifest: Manifest, path: str) -> list[RemoteFile]:
+    file = manifest.get(path)
+    if file is None:
+        known = [f.path for f in manifest.files if is_weight(f.path)]
+        raise NotFoundError(
+            f"{manifest.source} has no file {path}",
+            hint=f"it holds {', '.join(known[:8])}" if known else "it holds no weights",
+        )
+    return [file]
 
 
 def _name(file: RemoteFile) -> str:

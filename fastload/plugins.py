@@ -36,6 +36,7 @@ BUILTIN = (
     "fastload.builtin.opentelemetry",
     "fastload.builtin.pickled",
     "fastload.builtin.safetensors",
+    "fastload.builtin.supervised",
 )
 
 #: What these raise is the framework's own and reaches the user as ``from_pretrained`` would raise it.
@@ -85,7 +86,9 @@ def resolve_settings(settings: Settings | Mapping[str, Any] | None = None, **arg
     if isinstance(settings, Settings):
         return resolved
     platform = call_hook(manager(resolved), "fastload_platform", environ=dict(os.environ))
-    return resolved if platform is None else Settings.resolve(settings, platform=platform.settings, **arguments)
+    if platform is None:
+        return resolved
+    return Settings.resolve(settings, platform=platform.settings, platform_name=platform.name, **arguments)
 
 
 def call_hook(pm: pluggy.PluginManager, hook: str, /, **arguments: Any) -> Any:

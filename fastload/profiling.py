@@ -32,6 +32,7 @@ class Outputs:
 
     trace: str | None = None
     html: str | None = None
+    svg: str | None = None
     metrics: str | None = None
     history: str | None = None
 
@@ -44,7 +45,7 @@ class Outputs:
     @property
     def needs_events(self) -> bool:
         """Whether one of them draws single ranges."""
-        return bool(self.trace or self.html)
+        return bool(self.trace or self.html or self.svg)
 
     def for_process(self, pid: int) -> Outputs:
         """Return paths of its own for another process; a history is shared."""
@@ -56,6 +57,9 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options that name :class:`Outputs`."""
     parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace, which Perfetto opens")
     parser.add_argument("--html", metavar="FILE", help="write a waterfall as one HTML file")
+    parser.add_argument(
+        "--svg", metavar="FILE", help="draw who had the bytes when: connections, hashes, slots, devices"
+    )
     parser.add_argument("--metrics", metavar="FILE", help="write Prometheus text")
     parser.add_argument("--history", metavar="FILE", help="add one JSON line a load, for `fastload profile compare`")
 
@@ -66,11 +70,12 @@ def write(profiles: Profiles, outputs: Outputs) -> None:
     Raises:
         CacheError: One cannot be written.
     """
-    from . import history, metrics, trace, waterfall
+    from . import history, metrics, timeline, trace, waterfall
 
     makers: dict[str | None, Callable[[], str]] = {
         outputs.trace: lambda: json.dumps(trace.chrome_trace(profiles)),
         outputs.html: lambda: waterfall.html(profiles),
+        outputs.svg: lambda: timeline.svg(profiles),
         outputs.metrics: lambda: metrics.prometheus(profiles),
     }
     for path, make in makers.items():

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .cache import RepoCache, check_path
+from .cache import RepoCache
 from .errors import (
     Attempt,
     DownloadError,
     MirrorError,
     MirrorStatusError,
-    OfflineError,
-    SourceError,
-    UnsupportedSourceError,
 )
 from .events import log
 from .http import HttpClient
+from .known import cache_of, check_listing, find_source, from_cache, known_commit
 from .plugins import call_hook
 from .pools import Pools
 from .refusals import refusal
@@ -69,27 +67,12 @@ def absent_files(manifest: Manifest) -> list[str]:
     return [path for path in _OFTEN_ABSENT if path not in there]
 
 
-def find_source(request: Request, settings: Settings, pm: Any) -> Source:
-    """Ask the plugins what *request* names.
-
-    Raises:
-        UnsupportedSourceError: None of them knows.
-    """
-    source: Source | None = call_hook(
-        pm, "fastload_source", uri=request.source, revision=request.revision, settings=settings
-    )
-    if source is None:
-        raise UnsupportedSourceError(
-            f"no plugin knows the source {request.source!r}",
-            hint="a source is org/name, org/name@revision, hf://org/name or an existing folder; plugins may know more",
-        )
-    return source
-
-
 async def resolve(
     request: Request, settings: Settings, http: HttpClient, pm: Any, pools: Pools, *, token: bool, sleep: Sleep
 ) -> Resolved:
     """Find out which files at which commit *request* means.
+
+    One request at the Hub; none for a lock, and none for a commit, given in full, whose listing the cache has.
 
     Raises:
         SourceError: The hub does not have it, or does not let us have it.
@@ -101,7 +84,9 @@ async def resolve(
     if request.locked is not None:
         manifest = request.locked
     elif offline:
-        manifest = await pools.off(_from_cache, source, settings, None)
+        manifest = await pools.off(from_cache, source, settings, None)
+    elif (known := await pools.off(known_commit, source, settings)) is not None:
+        manifest = known
     else:
         metadata = _Metadata(http, settings, source, token=token, sleep=sleep)
         try:
@@ -109,44 +94,15 @@ async def resolve(
         except (MirrorError, DownloadError) as e:
             if isinstance(e, MirrorStatusError) and e.status < 500 and e.status != 429:
                 raise
-            manifest = await pools.off(_from_cache, source, settings, e)
+            manifest = await pools.off(from_cache, source, settings, e)
             offline = True
             log.warning("%s: the hub is out of reach, using the cache (%s)", source.name, e.message)
     if manifest.local is not None:
         return Resolved(manifest, (), None)
-    _check(manifest)
+    check_listing(manifest)
     offered = [u for urls in call_hook(pm, "fastload_mirrors", source=source, settings=settings) if urls for u in urls]
     bases = tuple(dict.fromkeys(u.rstrip("/") for u in (manifest.endpoint, *offered)))
-    cache = RepoCache(settings.cache_dir, manifest.source, symlinks=settings.symlinks)
-    return Resolved(manifest, bases, cache, offline, complete=request.locked is None)
-
-
-def _check(manifest: Manifest) -> None:
-    """Refuse paths that would leave the snapshot, and listings that cannot be true, before anything is written."""
-    seen: set[str] = set()
-    for file in manifest.files:
-        check_path(file.path)
-        if file.path in seen or file.size < 0:
-            raise SourceError(
-                f"{manifest.source} lists {file.path!r} ({file.size} bytes), which no honest repository holds",
-                hint="the hub or mirror is broken or hostile; do not use it",
-            )
-        seen.add(file.path)
-
-
-def _from_cache(source: Source, settings: Settings, error: DownloadError | None) -> Manifest:
-    cache = RepoCache(settings.cache_dir, source.name, symlinks=settings.symlinks)
-    commit = cache.read_ref(source.revision)
-    manifest = cache.read_tree(source.name, commit, source.revision, source.endpoint) if commit else None
-    if manifest is not None:
-        return manifest
-    why = "the network is off (HF_HUB_OFFLINE)" if error is None else f"the hub is out of reach: {error.message}"
-    raise OfflineError(
-        f"{source.name} at {source.revision} is not in the cache at {settings.cache_dir}, and {why}",
-        hint="run `fastload prefetch` while online"
-        if error is None
-        else error.hint or "check the network, HF_ENDPOINT and proxies, and try again",
-    ) from error
+    return Resolved(manifest, bases, cache_of(manifest.source, settings), offline, complete=request.locked is None)
 
 
 class _Metadata:

@@ -8,14 +8,15 @@ one. When the last route goes, every module gets the real one back.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .device import parse_device, to_device
+from .interception import rebind
 from .supply import SuppliedSlice, Supply
 from .weightfile import TensorSlice, WeightFile
 
@@ -29,7 +30,7 @@ Inode = tuple[int, int]
 _TORCH = ("pt", "torch", "pytorch")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Route:
     """How one file is served.
 
@@ -43,6 +44,14 @@ class Route:
     supply: Supply
     defers: bool = False
 
+    def handle(self, *args: Any, **kwargs: Any) -> Handle:
+        """Return a handle for ``safe_open(*args, **kwargs)``."""
+        return Handle(self, *args, **kwargs)
+
+    def wait_verified(self) -> Path:
+        """Block until the file is verified; return its final path."""
+        return self.file.wait_verified()
+
 
 class _Routes:
     """Which files are routed, and the real ``safe_open`` while it is replaced. Thread-safe."""
@@ -50,6 +59,7 @@ class _Routes:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.files: dict[Inode, list[Route]] = {}
+        self.names: dict[str, Route] = {}
         self.real: Any = None
 
     def find(self, filename: Any) -> Route | None:
@@ -57,7 +67,10 @@ class _Routes:
             return None
         try:
             stat = os.stat(filename)
-        except (OSError, TypeError, ValueError):
+        except OSError:
+            with self.lock:
+                return self.names.get(os.path.abspath(filename))
+        except (TypeError, ValueError):
             return None  # the real one has its own words for it
         with self.lock:
             found = self.files.get((stat.st_dev, stat.st_ino))
@@ -68,17 +81,22 @@ _routes = _Routes()
 
 
 @contextmanager
-def routed(table: Mapping[Inode, Route]) -> Iterator[None]:
+def routed(table: Mapping[Inode, Route], names: Mapping[str, Route] | None = None) -> Iterator[None]:
     """Serve the files of *table* through ``safe_open``, in all threads, for the length of the block.
 
     Blocks may overlap, also for the same file: the newest route wins. Whoever routes a file keeps it open, so that its
     inode means nothing else meanwhile.
+
+    Args:
+        names: What absolute paths stand for while there is no file.
     """
+    names = names or {}
     with _routes.lock:
         if not _routes.files:
             _install()
         for inode, route in table.items():
             _routes.files.setdefault(inode, []).append(route)
+        _routes.names.update(names)
     try:
         yield
     finally:
@@ -88,8 +106,24 @@ def routed(table: Mapping[Inode, Route]) -> Iterator[None]:
                 routes.remove(route)
                 if not routes:
                     del _routes.files[inode]
+            for name, route in names.items():
+                if _routes.names.get(name) is route:
+                    del _routes.names[name]
             if not _routes.files:
-                _rebind(safe_open, _routes.real)
+                rebind(safe_open, _routes.real, "safetensors")
+
+
+def is_named(path: Path) -> bool:
+    """Tell whether *path*, absolute, is the name of a routed file."""
+    with _routes.lock:
+        return str(path) in _routes.names
+
+
+def real_safe_open() -> Any:
+    """Return safetensors' own ``safe_open``, whatever its name is bound to."""
+    import safetensors
+
+    return safetensors.safe_open if _routes.real is None else _routes.real
 
 
 def _install() -> None:
@@ -97,23 +131,7 @@ def _install() -> None:
 
     if _routes.real is None:
         _routes.real = safetensors.safe_open
-    _rebind(_routes.real, safe_open)
-
-
-def _rebind(old: Any, new: Any) -> None:
-    """Bind every global name of every module that is bound to *old* to *new*; safetensors' own first."""
-    first = [sys.modules.get("safetensors")]
-    for module in [*first, *list(sys.modules.values())]:
-        try:
-            # Not getattr: modules that load their parts on demand must not be woken.
-            names = object.__getattribute__(module, "__dict__")
-        except AttributeError:
-            continue
-        if type(names) is not dict or names.get("__name__") == __name__:
-            continue
-        for name, value in list(names.items()):
-            if value is old:
-                names[name] = new
+    rebind(_routes.real, safe_open, "safetensors")
 
 
 class _Routing(type):
@@ -134,8 +152,8 @@ class safe_open(metaclass=_Routing):
             return _routes.real(*args, **kwargs)
         framework = args[1] if len(args) > 1 else kwargs.get("framework")
         if framework in _TORCH and (route.defers or not route.file.view.ready):
-            return Handle(route, *args, **kwargs)
-        final = route.file.wait_verified()
+            return route.handle(*args, **kwargs)
+        final = route.wait_verified()
         if args:
             return _routes.real(final, *args[1:], **kwargs)
         return _routes.real(**{**kwargs, "filename": final})

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from .asking import Asked
+from .athand import deliver
+from .errors import FastloadError
 from .events import Events, Observer, log
+from .settings import Settings
 from .sync import InThread
 from .transfer import Transfer
 from .types import Snapshot
@@ -17,6 +21,25 @@ from .worker import Child, executable
 
 class _Carrier(Protocol):
     def join(self) -> None: ...
+    @property
+    def ended(self) -> bool: ...
+    def rest(self, timeout_s: float) -> bool: ...
+    def stop(self) -> None: ...
+    def want(self, paths: Iterable[str]) -> None: ...
+
+
+class _Nobody:
+    """Carries a transfer that was over before it began."""
+
+    ended = True
+
+    def join(self) -> None: ...
+
+    def want(self, paths: Iterable[str]) -> None: ...
+
+    def rest(self, timeout_s: float) -> bool:
+        return True
+
     def stop(self) -> None: ...
 
 
@@ -31,17 +54,33 @@ class Running:
         self._users = 0
         self.transfer = Transfer(Events(keep=True))
         self._carrier = self._carry(process, settle)
+        with _lock:
+            _at_work[:] = [running for running in _at_work if not running._carrier.ended]
+            _at_work.append(self)
 
     def _carry(self, process: bool, settle: bool) -> _Carrier:
         asked = self._asked
+        if deliver(asked.request, asked.settings, asked.pm, self.transfer.apply):
+            return _Nobody()
         if process and asked.settings.process:
             try:
                 if executable() is None:
-                    raise OSError("this interpreter does not know its own executable")
+                    raise OSError("there is no Python to run it")
                 return Child(asked.request, asked.settings, self.transfer)
             except OSError as e:
                 _warn_once(e)
         return InThread(asked.request, asked.settings, self.transfer, asked.pm, settle=settle)
+
+    @property
+    def source(self) -> str:
+        """As the user wrote it."""
+        return self._asked.request.source
+
+    def serves(self, source: str, settings: Settings) -> bool:
+        """Tell whether it fetches *source* from the same hub into the same cache."""
+        name = self._asked.request.source.removeprefix("hf://").partition("@")[0]
+        mine = self._asked.settings
+        return name == source and (mine.cache_dir, mine.endpoint) == (settings.cache_dir, settings.endpoint)
 
     @property
     def done(self) -> bool:
@@ -67,9 +106,23 @@ class Running:
         self._carrier.stop()
         self.transfer.close()
 
+    def want(self, path: str) -> None:
+        """Let a transfer on demand deliver *path*; waits for the manifest. All others deliver it anyway.
+
+        Raises:
+            FastloadError: The transfer failed.
+        """
+        self.transfer.wait_manifest()
+        if self._asked.request.on_demand:
+            self._carrier.want([path])
+
     def join(self) -> None:
         """As :meth:`wait`, without raising, and until its process or thread is gone."""
         self._carrier.join()
+
+    def rest(self, timeout_s: float) -> bool:
+        """Wait up to *timeout_s* for the end of what is under way; tell whether its process or thread is gone."""
+        return self._carrier.rest(timeout_s)
 
     def observe(self, observers: Iterable[Observer]) -> None:
         """Hand all events, those of before included, to *observers*."""
@@ -82,16 +135,19 @@ class Running:
             self.transfer.events.remove(observer)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _started: dict[tuple[Any, ...], Running] = {}
+#: Those whose process or thread was there when the last one began.
+_at_work: list[Running] = []
 _warned = False
 
 
 def _forked() -> None:
     """The parent's transfers are the parent's, and its other threads, one of which may hold the lock, are not here."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _started.clear()
+    _at_work.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -112,6 +168,38 @@ def join(asked: Asked) -> Running | None:
     with _lock:
         running = _started.pop(asked.key, None) or _started.pop(asked.key_of_more, None)
     return running if running is not None and not running.failed else None
+
+
+def started(source: str, settings: Settings) -> list[Running]:
+    """Return the transfers that :func:`begin` started of *source* for the same cache and hub, and that have not failed."""
+    with _lock:
+        found = [r for r in _started.values() if r.serves(source, settings) and not r.failed]
+    return found
+
+
+def quiesce(timeout_s: float = 60.0) -> None:
+    """Return once fastload has nothing at work in this process: no child, thread, socket, lock or open file.
+
+    For whatever comes after a load and wants a quiet process: a checkpoint of it (CRIU, cuda-checkpoint), a snapshot of
+    its machine, a fork. A transfer under way is waited for; so is the disk, which may take a second after a load has
+    returned. What a load returned stays as it is: its memory may be a mapping of files of the cache, which Python keeps
+    open. Streams are their user's to close. Thread-safe, blocks.
+
+    Raises:
+        FastloadError: Something is still at work after *timeout_s* seconds.
+    """
+    until_s = time.monotonic() + timeout_s
+    with _lock:
+        waiting = list(_at_work)
+    busy = [running for running in waiting if not running.rest(max(0.0, until_s - time.monotonic()))]
+    with _lock:
+        _at_work[:] = [running for running in _at_work if running not in waiting or running in busy]
+    if busy:
+        names = ", ".join(sorted({running.source for running in busy}))
+        raise FastloadError(
+            f"{len(busy)} transfers are still under way after {timeout_s:g} s: {names}",
+            hint="wait for them (fastload.start(...).wait()), end them (.cancel()), or give timeout_s more",
+        )
 
 
 def _warn_once(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Which range next: what a reader waits for, then small files, then weights in order, a few files at a time."""
+"""What next: what a reader waits for, then small files, then weights in order, a few files at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Iterable
 from .download import Download
 from .journal import BLOCK_BYTES
 from .plan import cut
+from .retry import Sleep
 from .types import ByteRange
+
+#: Guessed: longer than a framework imports a model's code between its configuration and its weights.
+_IDLE_S = 30.0
 
 
 class Turns:
@@ -27,16 +31,61 @@ class Turns:
 
     def over(self, download: Download) -> None:
         """*download* is in the schedule, or will not be soon: those after it need not wait for it. Harmless twice."""
-        self._open.discard(self._order[download])
+        self._open.discard(self._order.get(download, -1))
         while self._first < len(self._order) and self._first not in self._open:
             self._first += 1
         self._moved.set()
         self._moved = asyncio.Event()
 
     async def come(self, download: Download) -> None:
-        """Wait until the turns of all files before *download* are over."""
-        while self._first < self._order[download]:
+        """Wait until the turns of all files before *download* are over; one that the plan does not know has none."""
+        while self._first < self._order.get(download, 0):
             await self._moved.wait()
+
+
+class Wishes:
+    """Which files of a transfer on demand are wanted. Use from one event loop."""
+
+    def __init__(self) -> None:
+        self._wanted: set[str] = set()
+        self._asked: dict[str, asyncio.Event] = {}
+        self._under_way = 0
+        self._over = False
+
+    def want(self, paths: Iterable[str]) -> None:
+        """Somebody wants *paths*."""
+        for path in paths:
+            self._wanted.add(path)
+            if path in self._asked:
+                self._asked[path].set()
+
+    def end(self) -> None:
+        """Nobody will want anything more."""
+        self._over = True
+        for event in self._asked.values():
+            event.set()
+
+    async def end_when_idle(self, sleep: Sleep) -> None:
+        """End once nothing is under way and nothing new was wanted for a while."""
+        seen = -1
+        while self._under_way or seen != len(self._wanted):
+            seen = len(self._wanted)
+            await sleep(_IDLE_S)
+        self.end()
+
+    async def come(self, download: Download) -> bool:
+        """Wait until a path of *download* is wanted; False: none will be."""
+        event = asyncio.Event()
+        self._asked.update(dict.fromkeys(download.paths, event))
+        if not self._over and self._wanted.isdisjoint(download.paths):
+            await event.wait()
+        coming = not self._wanted.isdisjoint(download.paths)
+        self._under_way += coming
+        return coming
+
+    def fulfilled(self) -> None:
+        """A file that :meth:`come` returned True for has been delivered."""
+        self._under_way -= 1
 
 
 class Schedule:
@@ -64,6 +113,16 @@ class Schedule:
     def remove(self, download: Download) -> None:
         """*download* is complete."""
         self._large.remove(download)
+
+    def give_back(self, download: Download, rest: ByteRange) -> None:
+        """Nobody fetches *rest* after all: it is the oldest of its file, and late."""
+        download.pending.appendleft(rest)
+        download.urgent += 1
+
+    @property
+    def has_more(self) -> bool:
+        """There is work for another connection."""
+        return bool(self._small) or any(download.pending for download in self._large)
 
     def next(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
         """Take the next range, or ``None`` if there is none at the moment.

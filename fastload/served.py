@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .cache import in_flight_link
 from .errors import CacheError, FastloadError
 from .router import Inode, Route, routed
 from .supply import Supply
@@ -45,7 +46,7 @@ def served(
         if not defer:
             yield snapshot.path
             return
-        with routed({_inode(weights[path].view.open()): Route(weights[path], supply, defer) for path in streamed}):
+        with routed({inode(weights[path].view.open()): Route(weights[path], supply, defer) for path in streamed}):
             yield snapshot.path
         return
     with ExitStack() as stack:
@@ -62,7 +63,7 @@ def served(
                 else:
                     link.symlink_to(os.path.abspath(snapshot.path / path))
                     if path in streamed and defer:
-                        table[_inode(view.open())] = Route(weights[path], supply, defer)
+                        table[inode(view.open())] = Route(weights[path], supply, defer)
         except FastloadError:
             raise
         except OSError as e:
@@ -80,22 +81,24 @@ def folder_name(snapshot: Snapshot) -> str:
 def _place(file: WeightFile, link: Path, stack: ExitStack) -> Inode:
     """Put something at *link* that stands for *file*, and return what it is."""
     if file.view.known:
-        fd = _duplicate(file.view.open())
+        fd = duplicate(file.view.open())
         stack.callback(os.close, fd)
-        link.symlink_to(f"/proc/self/fd/{fd}")
+        link.symlink_to(in_flight_link(fd))
     else:  # nothing has landed yet: zeros, so that a reader who goes round safe_open fails
         fd = os.open(link, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         stack.callback(os.close, fd)
         os.ftruncate(fd, file.view.size)
-    return _inode(fd)
+    return inode(fd)
 
 
-def _inode(fd: int) -> Inode:
+def inode(fd: int) -> Inode:
+    """Return what the file behind *fd* is."""
     stat = os.fstat(fd)
     return stat.st_dev, stat.st_ino
 
 
-def _duplicate(fd: int) -> int:
+def duplicate(fd: int) -> int:
+    """Return another descriptor of the same file, one that a link in another process is unlikely to mean."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
     except OSError:  # the limit on descriptors is lower, or few are left up there

@@ -43,12 +43,22 @@ class Settings:
     offline: bool = _setting(
         False, "never use the network", "FASTLOAD_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
     )
+    network_cache: bool | None = _setting(
+        None,
+        "other machines may write to the cache too (NFS, FUSE volumes …); unset: as the filesystem's type says",
+        "FASTLOAD_NETWORK_CACHE",
+    )
     symlinks: bool = _setting(True, "link snapshots to blobs; off: move the blob there", "FASTLOAD_SYMLINKS")
     mirrors: tuple[str, ...] = _setting(
         (), "further base URLs with the Hub's paths, separated by commas; need not be trusted", "FASTLOAD_MIRRORS"
     )
-    # Measured (loopback, 2 cores): 8 to 16 connections carry the most at the least CPU; more only cost CPU.
-    connections: int = _setting(8, "connections of one transfer, all mirrors together", "FASTLOAD_CONNECTIONS", low=1)
+    # Measured (loopback, and 2.5 Gbit/s at 20 ms): 8 to 16 carry the most at the least CPU; 32 lose bytes in full queues.
+    connections: int = _setting(
+        16,
+        "the most connections of one transfer, all mirrors together; it begins with 8 and takes more while they pay",
+        "FASTLOAD_CONNECTIONS",
+        low=1,
+    )
     # Measured: 1 MiB ranges cost 20 % more CPU than 8 MiB, 4 MiB 2 %; above 8 nothing is gained.
     range_bytes: int = _setting(
         8 * MIB, "size of one ranged GET, in bytes (rounded to 64 KiB)", "FASTLOAD_RANGE_BYTES", low=65536
@@ -85,6 +95,11 @@ class Settings:
         "FASTLOAD_RETRY_AFTER_MAX_S",
         low=0,
     )
+    read_ahead: bool = _setting(
+        True,
+        "read cached weights that are not in memory in large pieces while the program starts",
+        "FASTLOAD_READ_AHEAD",
+    )
     process: bool = _setting(True, "run the transfer of load, stream and start in a child process", "FASTLOAD_PROCESS")
     netrc_path: Path = _setting(Path("~/.netrc"), "file that holds passwords, if trust_env", "NETRC")
     trust_env: bool = _setting(True, "honour HTTP(S)_PROXY, ALL_PROXY, NO_PROXY and .netrc", "FASTLOAD_TRUST_ENV")
@@ -103,6 +118,9 @@ class Settings:
     profile_history: Path | None = _setting(
         None, "local file to which every load adds one line of JSON, its profile", "FASTLOAD_PROFILE_HISTORY"
     )
+    event_socket: str | None = _setting(
+        None, "Unix datagram socket (path or @name) that gets every event of every load", "FASTLOAD_EVENT_SOCKET"
+    )
     # Reasoned: eight slots of 8 MiB, the size of a range; page-locking them takes milliseconds, a whole model's seconds.
     pinned_bytes: int = _setting(
         64 * MIB, "page-locked memory that bytes for a CUDA device pass through", "FASTLOAD_PINNED_BYTES", low=65536
@@ -119,6 +137,7 @@ class Settings:
         *,
         environ: Mapping[str, str] | None = None,
         platform: Mapping[str, Any] | None = None,
+        platform_name: str = "",
         **arguments: Any,
     ) -> Settings:
         """Return the settings that hold: arguments over environment over platform over defaults.
@@ -127,6 +146,7 @@ class Settings:
             overrides: Settings that a caller already resolved (returned with *arguments* applied), or a mapping.
             environ: Read instead of ``os.environ``.
             platform: Defaults of the platform that this process runs on.
+            platform_name: Of that platform, for the origin.
             arguments: Further overrides; those that are ``None`` say nothing.
 
         Raises:
@@ -138,7 +158,11 @@ class Settings:
         if overrides is not None and not isinstance(overrides, Mapping):
             raise SettingsError(f"settings must be a mapping or fastload.Settings, not {type(overrides).__name__}")
         env = os.environ if environ is None else environ
-        settings = cls(**_hf_defaults(env)).with_values(platform or {}, "platform")
+        defaults = _hf_defaults(env)
+        settings = cls(**defaults).with_values(platform or {}, f"platform {platform_name}".strip())
+        home = next((name for name in ("HF_HOME", "XDG_CACHE_HOME") if env.get(name)), None)
+        if home is not None:  # said by the user, or by whoever built the image: above the platform too
+            settings = settings.with_values({name: defaults[name] for name in ("cache_dir", "token_path")}, home)
         named = {f.name: next((n for n in f.metadata["env"] if env.get(n)), None) for f in _public_fields()}
         if env.get("FASTLOAD_PLUGINS") == "":  # the one setting whose empty value says something
             named["plugins"] = "FASTLOAD_PLUGINS"
@@ -281,6 +305,7 @@ def _convert(f: Any, value: Any, origin: str) -> Any:
         raise SettingsError(f"{f.name}=None ({origin}) is not a value")
     converters: dict[str, Callable[[], Any]] = {
         "bool": lambda: _flag(value, f.name, origin),
+        "bool | None": lambda: _flag(value, f.name, origin),
         "int": lambda: _number(value, f.name, origin, whole=True),
         "float": lambda: _number(value, f.name, origin, whole=False),
         "Path": lambda: Path(os.path.expandvars(str(value))).expanduser(),

@@ -8,7 +8,7 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from .deferred import deferred
-from .device import fed_device, parse_device, parse_dtype, reserve, to_device
+from .device import check_fits, fed_device, free_bytes, parse_device, parse_dtype, rounded, to_device
 from .errors import FastloadError
 from .feeder import Feeder
 from .settings import Settings
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Specified (safetensors): so long may a header be; the heads of other formats are as good as nothing.
+_LONGEST_HEAD_BYTES = 100_000_000
 #: Reasoned: a load may take 256 MiB of a device beyond the model; this, and what torch's allocator leaves unused.
 _LEAD_BYTES = 192 << 20
 
@@ -105,27 +107,34 @@ class Supply:
         """Return a stand-in for tensor *name* of *file*, which is as the user wants it once it is indexed."""
         return SuppliedSlice(file, name, self.finish, self.tensor)
 
-    def expect(self, file: WeightFile, *, bounded: bool) -> None:
-        """Say that all tensors of *file* will be asked for, so that they travel ahead.
-
-        Args:
-            bounded: No further ahead than the slots are long.
-        """
+    def expect(self, file: WeightFile) -> None:
+        """Say that all tensors of *file* will be asked for: they travel ahead, as far as the slots are long."""
         device, dtype = self._parse()
         fed = fed_device(device)
         if fed is not None:
-            self.feeder.expect(file, fed, dtype, self._settings.pinned_bytes if bounded else None)
+            self.feeder.expect(file, fed, dtype, self._settings.pinned_bytes)
 
-    def reserve(self, files: Iterable[WeightFile]) -> None:
-        """Take the memory that all tensors of *files* need in one piece, where the device is fed; waits for the heads.
+    def bring(self, files: Iterable[WeightFile]) -> None:
+        """Say that all tensors of all *files* will be asked for, where the device is fed; waits for nothing.
 
         Raises:
-            DeviceError: It has too little.
+            DeviceError: They cannot fit, as far as that is known yet.
         """
         device, dtype = self._parse()
         fed = fed_device(device)
         if fed is not None:
-            reserve(fed, [feed_of(file, name, fed, dtype).device_bytes for file in files for name in file.tensors()])
+            files = tuple(files)
+            # Looking into all files takes a while.
+            if dtype is not None or sum(file.view.size for file in files) > free_bytes(fed):
+                check_fits(fed, sum(self._least_bytes(file, fed, dtype) for file in files), "the tensors")
+            self.feeder.bring(files, fed, dtype)
+
+    def _least_bytes(self, file: WeightFile, device: torch.device, dtype: torch.dtype | None) -> int:
+        """Return what the tensors of *file* take of *device*; less, where its head is not there yet."""
+        infos = file.landed_tensors(lambda span: file.view.ready)
+        if infos is not None:
+            return sum(rounded(feed_of(file, name, device, dtype).device_bytes) for name in infos)
+        return 0 if dtype is not None else max(0, file.view.size - _LONGEST_HEAD_BYTES)
 
     def _fed(self, file: WeightFile, name: str, device: torch.device) -> torch.device | None:
         """Return *device* with its index, if it is fed and tensor *name* can be."""
@@ -148,6 +157,9 @@ class Supply:
             self._deferred.setdefault(file, False)
 
         def send(device: torch.device) -> torch.Tensor | None:
+            ahead = self._ahead
+            if device.index is None and ahead is not None and ahead.type == device.type:
+                device = ahead  # not what is current in a thread of the framework's
             fed = fed_device(device)
             if fed is None:
                 return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import FastloadError
@@ -47,6 +48,7 @@ class InThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._engine: Engine | None = None
         self._stopped = False
         # A daemon, so that a program that ends without closing its transfer is not kept from ending.
         self._thread = threading.Thread(target=self._main, name="fastload-loop", daemon=True)
@@ -72,12 +74,29 @@ class InThread:
             self._task = asyncio.current_task()
             if self._stopped:
                 raise asyncio.CancelledError
-        engine = await asyncio.to_thread(engine_class)
-        await engine(self._settings, self._transfer.apply, self._pm).run(self._request, settle=self._settle)
+        engine = (await asyncio.to_thread(engine_class))(self._settings, self._transfer.apply, self._pm)
+        self._engine = engine
+        await engine.run(self._request, settle=self._settle)
+
+    def want(self, paths: Iterable[str]) -> None:
+        """As :meth:`fastload.worker.Child.want`."""
+        with self._lock:
+            if self._loop is not None and self._engine is not None:
+                self._loop.call_soon_threadsafe(self._engine.want, list(paths))
 
     def join(self) -> None:
         """Wait until the transfer, and what it does after the last message, has ended."""
         self._thread.join()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its thread, and whatever that waits for, is gone."""
+        return not self._thread.is_alive()
+
+    def rest(self, timeout_s: float) -> bool:
+        """As :meth:`fastload.worker.Child.rest`."""
+        self._thread.join(timeout_s)
+        return self.ended
 
     def stop(self) -> None:
         """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from .errors import FastloadError, FormatError, NotFoundError
 from .profile import Profile
 from .served import served
 from .settings import Settings
+from .shardindex import BIN_INDEX, is_index, weight_map
 from .supply import Supply
 from .transfer import Transfer
 from .types import ByteRange, TensorInfo
@@ -42,6 +42,7 @@ class TensorStream:
 
     Attributes:
         profile: Of the load, set by the loader.
+        settings, lock: Of the load, for plugins that load further sources with it.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class TensorStream:
         device: Any = "cpu",
         dtype: Any = None,
         settings: Settings | None = None,
+        lock: Any = None,
     ) -> None:
         self.transfer = transfer
         self.profile: Profile | None = None
+        self.settings, self.lock = settings or Settings(), lock
         self._pm = pm
         self._supply = Supply(transfer, device, dtype, settings)
         self._lock = threading.Lock()
@@ -113,7 +116,7 @@ class TensorStream:
         """Yield ``(name, tensor)`` in the order of delivery: weight files in order, their tensors by offset."""
         for file in self._files.values():
             self._adopt(file)
-            self._supply.expect(file, bounded=True)
+            self._supply.expect(file)
             for name in file.tensors():
                 self._check_open()
                 yield name, self._supply.tensor(file, name)
@@ -125,9 +128,7 @@ class TensorStream:
         Raises:
             DeviceError: They do not fit on the device, or a copy failed.
         """
-        self._supply.reserve(self._files.values())
-        for file in self._files.values():
-            self._supply.expect(file, bounded=False)
+        self._supply.bring(self._files.values())
         collected = {
             name: self._supply.tensor(file, name) for file in self._files.values() for name in self._adopt(file)
         }
@@ -185,15 +186,18 @@ class TensorStream:
             return
         for file in self._files.values():
             self._adopt(file)
-        self.check_index()
+        self.check_index(whole=True)
         self._checked = True
 
-    def check_index(self) -> None:
-        """Check the heads of the weight files against every ``*.safetensors.index.json`` that speaks of them.
+    def check_index(self, *, whole: bool = False) -> None:
+        """Check the heads of the weight files against every ``*.index.json`` that speaks of them.
 
-        Unlike :meth:`check` this lets files of different folders have tensors of the same name.
+        Unlike :meth:`check` this lets files of different folders have tensors of the same name, and (unless *whole*) reads
+        no ``.bin`` files, which have no heads.
         """
         for path, table, shards in self._indexes():
+            if path.endswith(BIN_INDEX) and not whole:
+                continue
             held = {name for file in shards.values() for name in file.tensors()}
             for name, shard in table.items():
                 if name not in held:
@@ -210,9 +214,9 @@ class TensorStream:
 
     def _indexes(self) -> Iterator[tuple[str, dict[str, str], dict[str, WeightFile]]]:
         """Yield path, table and weight files of each index."""
-        for path in filter(_is_index, self.transfer.files):
+        for path in filter(is_index, self.transfer.files):
             view = self.transfer.files[path]
-            table = _weight_map(path, view.read(ByteRange(0, view.size)))
+            table = weight_map(path, view.read(ByteRange(0, view.size)))
             folder = PurePosixPath(path).parent
             wanted = {str(folder / shard) for shard in table.values()}
             shards = {shard: file for shard, file in self._files.items() if shard in wanted}
@@ -329,18 +333,3 @@ class AsyncTensorSlice:
 
     async def __getitem__(self, index: Any) -> torch.Tensor:
         return await self._call(self._part.__getitem__, index)
-
-
-def _is_index(path: str) -> bool:
-    return path.endswith(".safetensors.index.json")
-
-
-def _weight_map(path: str, data: bytes) -> dict[str, str]:
-    """Return the table of an index: name of the tensor → name of the file."""
-    try:
-        table = json.loads(data)["weight_map"]
-        if not all(isinstance(shard, str) for shard in table.values()):
-            raise ValueError("a file name is not a string")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise FormatError(f"{path}: not an index of weight files: {type(e).__name__}: {e}") from e
-    return dict(table)

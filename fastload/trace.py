@@ -1,7 +1,8 @@
 """Profiles as a Chrome trace: JSON that Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
 
-One process row for the program and one for the process of its transfer. Network, disk and hash work is laid on as many
-lanes as there was at once, which for the network is the number of connections in use. Pure: returns plain data.
+One process row for the program, with the slots and devices that it feeds, and one for the process of its transfer. Network,
+disk and hash work is laid on as many lanes as there was at once, which for the network is the number of connections in use.
+Pure: returns plain data.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def lanes(slices: Iterable[Slice]) -> list[list[Slice]]:
     return rows
 
 
+def load_slices(profile: Profile) -> list[Slice]:
+    """As :func:`transfer_slices`, and what went to devices: on lanes ``slot 1`` …, and on one with the device's name."""
+    return [*transfer_slices(profile), *_copy_slices(profile.events or (), profile.started_s)]
+
+
 def transfer_slices(profile: Profile) -> list[Slice]:
     """Return what the transfer of *profile* did, in microseconds since the load was asked for; needs its events."""
     return list(_transfer_slices(profile.events or (), profile.started_s))
@@ -110,12 +116,30 @@ def _program_slices(load: Profile, origin_s: float) -> Iterator[Slice]:
     for event in load.events or ():
         if event.name == "build.waited" and event.at_s >= start_s:
             yield _slice(event, "waits for bytes", origin_s)
+    yield from _copy_slices((e for e in load.events or () if e.at_s >= start_s), origin_s)
 
 
 def _transfer_slices(events: Iterable[Event], origin_s: float) -> Iterator[Slice]:
     for event in events:
         if event.name in _TRANSFER and event.seconds:
             yield _slice(event, _TRANSFER[event.name], origin_s)
+
+
+def _copy_slices(events: Iterable[Event], origin_s: float) -> Iterator[Slice]:
+    """Yield what became of each slot: read into, waiting for the copies before it, copied; the last for its device too."""
+    for event in events:
+        if event.name == "copy.finished" and event.seconds:
+            taken_s = event.at_s - event.seconds
+            filled_s = taken_s + event.data.get("read_s", 0.0)
+            begun_s = filled_s + event.data.get("queued_s", 0.0)
+            device = str(event.data.get("device", "device"))
+            slot = f"slot {event.data.get('slot', 0) + 1}"
+            what = {**event.data, "file": event.file, "device": device}
+            moments = [_us(at_s, origin_s) for at_s in (taken_s, filled_s, begun_s, event.at_s)]
+            for name, start_us, stop_us in zip(("read", "queued", "copy"), moments, moments[1:], strict=False):
+                if stop_us > start_us:
+                    yield Slice(slot, name, start_us, stop_us, what)
+            yield Slice(device, event.file or device, moments[2], moments[3], what)
 
 
 def _import_slices(imports: ImportTimes, origin_s: float) -> Iterator[Slice]:

@@ -27,6 +27,7 @@ class Transfer:
         snapshot: Set with the manifest.
         files: By path, every file that this transfer delivers.
         weights: Paths of the weight files among them, in the order of delivery.
+        left: Where there are none: paths of files that hold weights for somebody else.
         error: Why it ended early.
     """
 
@@ -36,6 +37,7 @@ class Transfer:
         self.endpoint = ""
         self.files: dict[str, FileView] = {}
         self.weights: tuple[str, ...] = ()
+        self.left: tuple[str, ...] = ()
         self.digests: dict[str, Digest | None] = {}
         self.error: FastloadError | None = None
         self._temporary: weakref.finalize[Any, Transfer] | None = None
@@ -72,6 +74,7 @@ class Transfer:
                 self.files[path] = FileView(self, path, record["size"])
                 self.digests[path] = Digest.parse(record["digest"]) if record["digest"] else None
         self.weights = tuple(message["weights"])
+        self.left = tuple(message.get("left", ()))
         self.endpoint = message["endpoint"]
         self.snapshot = Snapshot(
             path=Path(message["path"]),

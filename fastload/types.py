@@ -119,6 +119,7 @@ class Request:
         options: Those of the framework's keyword arguments that choose files: variant, subfolder, use_safetensors …, and
             ``components``: the names of those that may be parts of a pipeline that the caller brings.
         locked: Accept exactly these files; no metadata request is made.
+        on_demand: Deliver each file when it is asked for while the transfer runs, and write nothing else into the cache.
     """
 
     source: str
@@ -127,6 +128,7 @@ class Request:
     everything: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     locked: Manifest | None = None
+    on_demand: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,11 @@ class FileView:
         return self.ready or self._places is not None or self.error is not None
 
     @property
+    def final(self) -> str | None:
+        """Where the verified file stands; ``None`` until it does."""
+        return self._final
+
+    @property
     def journal(self) -> Journal | None:
         """What says which bytes have landed, if the file was opened while it arrived."""
         return self._journal

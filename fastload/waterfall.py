@@ -19,10 +19,10 @@ _BINS = 120
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1b1f24; --soft: #5c6570; --line: #d9dee4; --panel: #f5f7f9;
   --interpreter: #8a94a0; --imports: #7a63c7; --resolve: #b07d00; --download: #1f78d1; --write: #1a8f8a;
-  --verify: #2e9150; --build: #cf5a2b; --unaccounted: #c3cad2; --bad: #b3261e; }
+  --verify: #2e9150; --device: #b5478f; --build: #cf5a2b; --unaccounted: #c3cad2; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171b; --ink: #e7eaee; --soft: #9aa5b1; --line: #323941;
   --panel: #1d2228; --interpreter: #77818d; --imports: #9d8af0; --resolve: #dba52c; --download: #5ba7f5; --write: #3fb8b2;
-  --verify: #57bd79; --build: #f0834f; --unaccounted: #4a535d; --bad: #f2877f; } }
+  --verify: #57bd79; --device: #e07ab8; --build: #f0834f; --unaccounted: #4a535d; --bad: #f2877f; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem; max-width: 76rem; background: var(--ground); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; }
@@ -58,7 +58,7 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
   .row .track, .row svg { grid-column: 1 / -1; grid-row: 2; } .axis > b, .axis > span { display: none; } }
 """ + "\n".join(
     f".{name} {{ background: var(--{name}); }}"
-    for name in ("interpreter", "imports", "resolve", "download", "write", "verify", "build", "unaccounted")
+    for name in ("interpreter", "imports", "resolve", "download", "write", "verify", "device", "build", "unaccounted")
 )
 
 

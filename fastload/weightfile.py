@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .device import DTYPES, dtype_code, import_torch, torch_dtype
 from .errors import FormatError, NotFoundError, PluginError, UnsupportedSourceError
 from .plugins import call_hook, call_plugin
+from .runtimes import hint_for, what_is
 from .transfer import Transfer
 from .types import ByteRange, Format, NeedBytes, TensorInfo
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 #: Specified (hook ``fastload_format``): how much of a file the hook gets to see.
 HEAD_BYTES = 64 * 1024
+
+
+class _NotLanded(Exception):
+    """Bytes would have to be waited for."""
 
 
 class WeightFile:
@@ -59,8 +64,31 @@ class WeightFile:
         """
         with self._lock:
             if self._tensors is None:
-                self._tensors, self._metadata = self._parse()
+                self._tensors, self._metadata = self._parse(self.view.read)
             return self._tensors
+
+    def landed_tensors(self, landed: Callable[[ByteRange], bool]) -> Mapping[str, TensorInfo] | None:
+        """As :meth:`tensors`, but ``None`` while that would wait; always, where whole files alone are read.
+
+        Args:
+            landed: Tells which bytes are there.
+        """
+
+        def read(span: ByteRange) -> bytes:
+            if not landed(span):
+                raise _NotLanded
+            return self.view.read(span)
+
+        if not self._lock.acquire(blocking=False):  # somebody waits in there
+            return None
+        try:
+            if self._tensors is None:
+                self._tensors, self._metadata = self._parse(read, wait=False)
+            return self._tensors
+        except _NotLanded:
+            return None
+        finally:
+            self._lock.release()
 
     def metadata(self) -> dict[str, str]:
         """Return the free-form part of the file's head; empty where there is none."""
@@ -101,32 +129,51 @@ class WeightFile:
         data = torch.frombuffer(self.view.mapping(), dtype=torch.uint8, count=len(info.span), offset=info.span.start)
         return data.view(dtype).view(shape)
 
-    def _parse(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        head = self.view.read(ByteRange(0, min(HEAD_BYTES, self.view.size)))
+    def _load(self, name: str, load: Callable[[Path], Mapping[str, torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+        try:
+            return call_plugin(name, load, self.wait_verified())
+        except UnsupportedSourceError as e:  # the format knows what it is, not where it comes from
+            source = self._transfer.wait_manifest().source
+            raise UnsupportedSourceError(e.message, hint=e.hint or hint_for(source, self.path, e.message)) from e
+
+    def _parse(
+        self, read: Callable[[ByteRange], bytes], *, wait: bool = True
+    ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        head = read(ByteRange(0, min(HEAD_BYTES, self.view.size)))
         found: Format | None = call_hook(self._pm, "fastload_format", filename=self.path, head=head)
         if found is None:
+            what = what_is(head)
             raise UnsupportedSourceError(
-                f"{self.path}: no plugin reads this kind of weight file",
-                hint="`fastload plugins` lists what is installed",
+                f"{self.path}: no plugin reads this kind of weight file" + (f"; it is {what}" if what else ""),
+                hint=hint_for(self._transfer.wait_manifest().source, self.path, what or ""),
             )
         if (load := getattr(found, "load", None)) is not None:
-            loaded: Mapping[str, torch.Tensor] = call_plugin(found.name, load, self.wait_verified())
-            self._loaded = dict(loaded)
-            nowhere = ByteRange(0, 0)
-            infos = {n: TensorInfo(n, dtype_code(t.dtype), tuple(t.shape), nowhere) for n, t in self._loaded.items()}
+            if not wait:
+                raise _NotLanded
+            self._loaded, infos = call_plugin(found.name, _described, self._load(found.name, load))
             return infos, _metadata(found, head)
         while isinstance(answer := call_plugin(found.name, found.parse, head), NeedBytes):
             if answer.count > self.view.size:
                 raise FormatError(f"{self.path}: its head claims {answer.count} bytes, the file has {self.view.size}")
             if answer.count <= len(head):
                 raise PluginError(f"{self.path}: {found.name} asks again for bytes that it has", plugin=found.name)
-            head = self.view.read(ByteRange(0, max(answer.count, min(answer.likely, self.view.size))))
-        tensors = sorted(answer, key=lambda t: (t.span.start, t.span.stop))
-        check_tensors(self.path, self.view.size, tensors)
+            head = read(ByteRange(0, max(answer.count, min(answer.likely, self.view.size))))
+        tensors = call_plugin(found.name, _in_order, answer)
+        call_plugin(found.name, check_tensors, self.path, self.view.size, tensors)
         expected_bytes = getattr(found, "file_bytes", self.view.size)
         if expected_bytes != self.view.size:
             raise FormatError(f"{self.path}: has {self.view.size} bytes, by its head it should have {expected_bytes}")
         return {t.name: t for t in tensors}, _metadata(found, head)
+
+
+def _in_order(answer: Iterable[TensorInfo]) -> list[TensorInfo]:
+    return sorted(answer, key=lambda t: (t.span.start, t.span.stop))
+
+
+def _described(loaded: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, TensorInfo]]:
+    """Return what a format loaded, and what there is to say of it; the tensors are no ranges of the file."""
+    nowhere = ByteRange(0, 0)
+    return dict(loaded), {n: TensorInfo(n, dtype_code(t.dtype), tuple(t.shape), nowhere) for n, t in loaded.items()}
 
 
 def _metadata(found: Format, head: bytes) -> dict[str, str]:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from .types import Digest, Manifest, RemoteFile, Request
 
 #: The child sees the same modules as the program, whatever the program did to sys.path; nothing runs __main__ again.
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from fastload.worker import main; main()"
+#: What makes a starting Python begin transfers of its own.
+_NOT_FOR_CHILDREN = ("FASTLOAD_START", "FASTLOAD_ACCELERATE")
 #: Guessed: how long a child may take to put its files away before it is killed; the journal survives that too.
 _PATIENCE_S = 5.0
 #: Specified, pipe(7): what an ordinary user may ask for. About 5000 messages, so 40 GB in ranges of 8 MiB.
@@ -47,15 +49,17 @@ class Child:
     def __init__(self, request: Request, settings: Settings, transfer: Transfer) -> None:
         self._transfer = transfer
         self._stopped = False
+        self._speaking = threading.Lock()
         orders = {"request": request_record(request), "settings": settings.to_record()}
         lines = "".join(json.dumps(line, default=str) + "\n" for line in (list(sys.path), orders)).encode()
         self._process = subprocess.Popen(
             # -P: the folder that the program stands in must not lend the child its modules. A group of its own: Ctrl-C is
             # the program's to handle, from the first moment on.
-            [sys.executable, "-P", "-c", _BOOT],
+            [str(executable() or sys.executable), "-P", "-c", _BOOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             process_group=0,
+            env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_CHILDREN},
         )
         try:
             # The child must not wait for us: an import can hold the GIL, and with it the reader, for seconds.
@@ -103,9 +107,37 @@ class Child:
             if pipe is not None:
                 pipe.close()
 
+    def want(self, paths: Iterable[str]) -> None:
+        """Let a transfer on demand deliver *paths*; call it once its manifest is known. Thread-safe, does not raise."""
+        stdin = self._process.stdin
+        line = json.dumps({"want": list(paths)}).encode() + b"\n"
+        try:
+            with self._speaking:
+                if stdin is not None and not stdin.closed:
+                    stdin.write(line)
+                    stdin.flush()
+        except (BrokenPipeError, ValueError):  # it has ended: its last message says how
+            pass
+
     def join(self) -> None:
         """Wait until the process has ended and has been reaped."""
         self._thread.join()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its thread, and whatever that waits for, is gone."""
+        return not self._thread.is_alive()
+
+    def rest(self, timeout_s: float) -> bool:
+        """Let it end what it has begun and begin nothing more; tell whether it has been reaped by then."""
+        if self._transfer.finished and self._process.stdin is not None:
+            with self._speaking:
+                try:
+                    self._process.stdin.close()
+                except BrokenPipeError:
+                    pass
+        self._thread.join(timeout_s)
+        return self.ended
 
     def stop(self) -> None:
         """End the transfer if it still runs; return when the process is gone. Harmless when repeated.
@@ -136,6 +168,7 @@ def request_record(request: Request) -> dict[str, Any]:
         "everything": request.everything,
         "options": dict(request.options),
         "locked": None,
+        "on_demand": request.on_demand,
     }
     if request.locked is not None:
         record["locked"] = asdict(request.locked)
@@ -207,7 +240,18 @@ async def _serve(request: Request, settings: Settings, tell: Any) -> int:
         if task is not None:
             task.cancel()
 
-    loop.add_reader(0, lambda: None if os.read(0, 4096) else stop())
+    heard = bytearray()
+
+    def hear() -> None:
+        data = os.read(0, 65536)
+        if not data:
+            stop()
+        heard.extend(data)
+        while b"\n" in heard:
+            line, _, rest = heard.partition(b"\n")
+            heard[:] = rest
+            engine.want(json.loads(line)["want"])
+
     loop.add_signal_handler(signal.SIGTERM, stop)
     told: list[str] = []
 
@@ -217,15 +261,26 @@ async def _serve(request: Request, settings: Settings, tell: Any) -> int:
             told.append("finished")
             loop.remove_reader(0)  # delivered: the program may end; what is left is making the files safe
 
+    engine = Engine(settings, emit, manager(settings))
+    loop.add_reader(0, hear)
     try:
-        await Engine(settings, emit, manager(settings)).run(request, settle=True)
+        await engine.run(request, settle=True)
+        loop.add_reader(0, stop)  # what follows is of use to the program alone
+        await engine.read_ahead()
     except FastloadError:
         return 0 if told else 1
     except asyncio.CancelledError:
-        return 130
+        return 0 if told else 130
     return 0
 
 
 def executable() -> Path | None:
-    """Return the interpreter that a child would run, or ``None`` where there is none (embedded interpreters)."""
-    return Path(sys.executable) if sys.executable and os.access(sys.executable, os.X_OK) else None
+    """Return the interpreter that a child would run, or ``None`` where there is none.
+
+    A program that embeds Python (uWSGI, a frozen application) names itself in ``sys.executable``; started with our
+    arguments it would do who knows what. Its Python lies in its prefix, or nowhere.
+    """
+    own, name = Path(sys.executable or "/"), f"python{sys.version_info.major}.{sys.version_info.minor}"
+    places = [own] if "python" in own.name.lower() or "pypy" in own.name.lower() else []
+    places.append(Path(sys.exec_prefix, "bin", name))
+    return next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastload_transformers import building, failure, is_offloaded, place_of, read_config
+from fastload_diffusers_files import find_part, load_lora, load_single_file
+from fastload_transformers import building, failure, is_offloaded, onward, place_of, read_config
 
-from fastload.errors import PluginError, SettingsError, UnsupportedSourceError
+from fastload.errors import DeviceError, PluginError, SettingsError, UnsupportedSourceError
 from fastload.hookspecs import hookimpl
 from fastload.tensors import TensorStream
 from fastload.types import Snapshot
@@ -34,7 +36,8 @@ def fastload_build_model(
 ) -> object | None:
     """Build the pipeline of ``model_index.json``, or the model whose ``config.json`` names a class of diffusers.
 
-    Declines other frameworks, and where none was named: folders that have neither.
+    Or what one file of the repository holds (``single_file=``), a scheduler or tokenizer (``subfolder=``), or put LoRA
+    weights into a pipeline (``into=``). Declines other frameworks, and where none was named: folders that have none of these.
 
     Raises:
         UnsupportedSourceError: diffusers does not know the class.
@@ -42,25 +45,72 @@ def fastload_build_model(
     """
     if framework not in (None, "diffusers"):
         return None
+    if options.get("into") is not None:
+        return load_lora(snapshot, stream, options) if hasattr(options["into"], "load_lora_weights") else None
     subfolder = str(options.get("subfolder") or "")
     pipeline = "model_index.json" in snapshot.files and not subfolder.strip("/")
+    single_file = options.get("single_file") is not None
+    part = None if single_file else find_part(snapshot, stream, subfolder)
     config = {} if pipeline else read_config(stream, subfolder)
-    if framework is None and not pipeline and not isinstance(config.get("_class_name"), str):
+    named = pipeline or single_file or part is not None or isinstance(config.get("_class_name"), str)
+    if framework is None and not named:
         return None
     for name in _DECIDED.keys() & options.keys():
         raise SettingsError(f"{name}= is for fastload to decide, not for from_pretrained", hint=_DECIDED[name])
     diffusers = _import_diffusers()
     rest = dict(options)
-    chosen = rest.pop("auto_class", None) or ("DiffusionPipeline" if pipeline else config.get("_class_name"))
+    if single_file and pipeline and rest.get("auto_class") is None:  # the repository says what it is
+        config = read_config(stream, "", "model_index.json")
+        rest.setdefault("config", snapshot.source)
+    named_class = config.get("_class_name") if single_file or not pipeline else "DiffusionPipeline"
+    chosen = rest.pop("auto_class", None) or part or named_class
     if chosen is None or isinstance(chosen, str):
         chosen = _class(diffusers, snapshot, chosen)
     device = rest.pop("device", None)
+    if part is not None:
+        rest.pop("dtype", None)
+        return chosen.from_pretrained(**place_of(snapshot.path, snapshot, stream, config), **rest)  # type: ignore[no-any-return]
     _take_dtype(rest)
-    built = _load(chosen, snapshot, stream, config, rest, pipeline=pipeline)
-    if device is not None and str(device) != "cpu" and rest.get("device_map") is None:
-        whole: Any = built[0] if isinstance(built, tuple) else built  # with output_loading_info
-        whole.to(device)
+    if single_file:
+        built = load_single_file(chosen, snapshot, stream, rest, _cache(snapshot))
+        return built if device is None or str(device) == "cpu" else built.to(device)  # type: ignore[no-any-return]
+    if device is None or str(device) == "cpu" or rest.get("device_map") is not None:
+        return _load(chosen, snapshot, stream, config, rest, pipeline=pipeline)
+    mappable = rest.get("low_cpu_mem_usage") is not False and not (pipeline and _connects(diffusers, stream, chosen))
+    with _mapped(device, mappable, pipeline=pipeline) as more:
+        built = _load(chosen, snapshot, stream, config, {**rest, **more}, pipeline=pipeline)
+    whole: Any = built[0] if isinstance(built, tuple) else built  # with output_loading_info
+    whole.to(device)  # components that the caller brought, and all of it where it could not be mapped
     return built
+
+
+@contextmanager
+def _mapped(device: Any, mappable: bool, *, pipeline: bool) -> Iterator[dict[str, Any]]:
+    """Give the arguments with which from_pretrained puts every weight on *device* as it reads it; none where it cannot."""
+    import torch
+
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise DeviceError(f"device={device!r} is not a torch device: {e}", hint='"cpu" or "cuda"') from e
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if target.type == "cuda" and (target.index or 0) >= count:
+        raise DeviceError(
+            f"there is no device {target}: torch sees {count} of that kind", hint="torch.cuda.is_available()"
+        )
+    if target.type != "cuda" or not mappable:
+        yield {}
+    elif not pipeline:
+        yield {"device_map": {"": target}}
+    else:  # which knows devices by their kind alone, and takes the current one of it
+        with torch.cuda.device(target):
+            yield {"device_map": "cuda"}
+
+
+def _connects(diffusers: Any, stream: TensorStream, chosen: Any) -> bool:
+    """Tell whether the pipeline brings others along, which from_pretrained refuses to do with a device map."""
+    named = str(read_config(stream, "", "model_index.json").get("_class_name"))
+    return any(getattr(c, "_load_connected_pipes", False) for c in (chosen, getattr(diffusers, named, None)))
 
 
 def _import_diffusers() -> Any:
@@ -118,12 +168,15 @@ def _load(
         place = _folder(path, snapshot) if pipeline else place_of(path, snapshot, stream, config)
         return chosen.from_pretrained(place.pop("pretrained_model_name_or_path"), **place, **arguments)
 
+    onto = onward(arguments)
+    if pipeline and arguments.get("device_map") == "cuda":
+        onto["ahead"] = _current_device()
     stream.check_shards()
     if not _streams(stream, arguments):
         stream.transfer.wait_files()
     before = sys.exception()
     try:
-        with stream.served() as path, building:
+        with stream.served(**onto) as path, building:
             built = build(path)
         if path != snapshot.path and any(map(is_offloaded, _models(built))):
             # Offloaded weights are read later, from the path: it must be one that stays.
@@ -143,6 +196,12 @@ def _load(
     return built
 
 
+def _current_device() -> Any:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
 def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
     """Tell whether from_pretrained will read the weights through ``safe_open``, and not again after it returned."""
     if arguments.get("use_safetensors") is False or any(arguments.get(name) for name in _BYPASSING):
@@ -155,10 +214,13 @@ def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
 
 def _folder(path: Path, snapshot: Snapshot) -> dict[str, Any]:
     """Return the arguments that make a pipeline come from *path*, and other repositories from the cache of *snapshot*."""
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path)}
-    if snapshot.path.parts[-2:] == ("snapshots", snapshot.commit):
-        place["cache_dir"] = snapshot.path.parents[2]
-    return place
+    return {"pretrained_model_name_or_path": str(path), **_cache(snapshot)}
+
+
+def _cache(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the argument that names the cache of *snapshot*, if it is in one."""
+    in_cache = snapshot.path.parts[-2:] == ("snapshots", snapshot.commit)
+    return {"cache_dir": snapshot.path.parents[2]} if in_cache else {}
 
 
 def _models(built: Any) -> list[Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def _import_transformers() -> Any:
     return transformers
 
 
-def read_config(stream: TensorStream, subfolder: str) -> dict[str, Any]:
-    """Return ``config.json``; empty where there is none."""
-    path = f"{subfolder.strip('/')}/config.json".lstrip("/")
+def read_config(stream: TensorStream, subfolder: str, name: str = "config.json") -> dict[str, Any]:
+    """Return ``config.json``, or another table; empty where there is none."""
+    path = f"{subfolder.strip('/')}/{name}".lstrip("/")
     view = stream.transfer.files.get(path)
     if view is None:
         return {}
@@ -132,25 +133,47 @@ def _load(
     stream.check_shards()
     if not _streams(stream, arguments):
         stream.transfer.wait_files()
+
+    def build(path: Path) -> Any:
+        place = place_of(path, snapshot, stream, config)
+        if str(getattr(model_class, "__name__", "")).startswith("AutoModel") and place.get("local_files_only"):
+            told = {**adapter_place(place), **(arguments.get("adapter_kwargs") or {})}
+            return model_class.from_pretrained(**place, **{**arguments, "adapter_kwargs": told})
+        return model_class.from_pretrained(**place, **arguments)
+
+    with reading(stream, **onward(arguments)) as path:
+        model = build(path)
+    if path != snapshot.path and is_offloaded(model):
+        # Offloaded weights are read later, from the path: it must be one that stays.
+        stream.transfer.wait_files()
+        del model
+        with reading(stream) as path:
+            model = build(path)
+    stream.check_index()
+    return model
+
+
+def adapter_place(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where auto classes are to look for an adapter: with PEFT installed they ask the hub, unless told again."""
+    return {name: place[name] for name in ("cache_dir", "local_files_only") if name in place}
+
+
+@contextmanager
+def reading(stream: TensorStream, **how: Any) -> Iterator[Path]:
+    """Give a folder for a framework's own loading code; if that fails because of the files, our error tells it.
+
+    Args:
+        how: Arguments of :meth:`TensorStream.served`.
+    """
     before = sys.exception()
     try:
-        with stream.served(**_onward(arguments)) as path, building:
-            model = model_class.from_pretrained(**place_of(path, snapshot, stream, config), **arguments)
-            whole = path == snapshot.path
-        if not whole and is_offloaded(model):
-            # Offloaded weights are read later, from the path: it must be one that stays.
-            stream.transfer.wait_files()
-            del model
-            with building:
-                place = place_of(snapshot.path, snapshot, stream, config)
-                model = model_class.from_pretrained(**place, **arguments)
+        with stream.served(**how) as path, building:
+            yield path
     except Exception as e:  # the framework may have wrapped our error in one of its own
         error = failure(stream, e, before)
         if error is not None and error is not e:
             raise error from e
         raise
-    stream.check_index()
-    return model
 
 
 def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
@@ -163,7 +186,7 @@ def _streams(stream: TensorStream, arguments: Mapping[str, Any]) -> bool:
     return any(path.endswith(".safetensors") for path in stream.files())
 
 
-def _onward(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def onward(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return how tensors are to be served, given where from_pretrained will send each that it takes out of a file."""
     import torch
 

@@ -52,7 +52,7 @@ def _differences(a: Any, b: Any) -> Iterator[str]:
             yield f"{kind} that are one: {_ties(of_a)} / {_ties(of_b)}"
     yield from _diff_keys("state_dict", a.state_dict(), b.state_dict())
     yield from _diff_modules(dict(a.named_modules()), dict(b.named_modules()))
-    yield from _diff_configs("config", a.config, b.config)
+    yield from _diff_configs("config", getattr(a, "config", None), getattr(b, "config", None))
     yield from _diff_configs("generation_config", getattr(a, "generation_config", None),
                              getattr(b, "generation_config", None))  # fmt: skip
     if getattr(a, "name_or_path", None) != getattr(b, "name_or_path", None):
@@ -72,12 +72,35 @@ def _diff_tensors(what: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[str]:
             yield f"{what}.{attribute}: {getattr(a, attribute)} / {getattr(b, attribute)}"
     if type(a) is not type(b):
         yield f"{what}: {type(a)} / {type(b)}"
+        return
+    of_a, of_b = _parts(a), _parts(b)
+    yield from _diff_keys(f"parts of {what}", of_a, of_b)
+    for name in of_a.keys() & of_b.keys():
+        x, y = of_a[name], of_b[name]
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            yield from _diff_tensors(f"{what}.{name}", x, y)
+        elif not _alike(x, y):
+            yield f"{what}.{name}: {x!r} / {y!r}"
+    if hasattr(a, "__tensor_flatten__"):
+        return  # without memory of its own
     if a.stride() != b.stride():
         yield f"{what}.stride: {a.stride()} / {b.stride()}"
     if a.untyped_storage().nbytes() != b.untyped_storage().nbytes():
         yield f"{what}: a storage of {a.untyped_storage().nbytes()} / {b.untyped_storage().nbytes()} bytes"
     if a.shape == b.shape and a.dtype == b.dtype and _bits(a) != _bits(b):
         yield f"{what}: other values"
+
+
+def _parts(tensor: Any) -> dict[str, Any]:
+    """Return what a quantised tensor holds beside its own memory, or instead of it; empty for a plain one."""
+    parts: dict[str, Any] = {}
+    if hasattr(tensor, "__tensor_flatten__"):
+        parts = {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    for name, value in vars(tensor).items():
+        parts |= (
+            {f"{name}.{key}": v for key, v in value.as_dict().items()} if hasattr(value, "as_dict") else {name: value}
+        )
+    return parts
 
 
 def _bits(tensor: torch.Tensor) -> bytes:
@@ -96,7 +119,7 @@ def _diff_modules(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
     yield from _diff_keys("modules", a, b)
     for name in a.keys() & b.keys():
         x, y = a[name], b[name]
-        if type(x) is not type(y):
+        if _class(x) != _class(y):
             yield f"module {name!r}: {type(x)} / {type(y)}"
         if x.training != y.training:
             yield f"module {name!r}.training: {x.training} / {y.training}"
@@ -104,8 +127,23 @@ def _diff_modules(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
         if of_x.keys() != of_y.keys():
             yield f"module {name!r}: attributes only in one: {sorted(of_x.keys() ^ of_y.keys())}"
         for key in (of_x.keys() & of_y.keys()) - _COMPARED_ELSEWHERE:
-            if not _alike(of_x[key], of_y[key]):
+            if key.endswith("_hooks"):
+                if _hooks(of_x[key]) != _hooks(of_y[key]):
+                    yield f"module {name!r}.{key}: {_hooks(of_x[key])} / {_hooks(of_y[key])}"
+            elif not _alike(of_x[key], of_y[key]):
                 yield f"module {name!r}.{key}: {of_x[key]!r} / {of_y[key]!r}"
+
+
+def _class(module: Any) -> list[Any]:
+    """Return what identifies the class of *module*; each parametrised module has one of its own."""
+    kind = type(module)
+    return [kind.__qualname__, *kind.__mro__[1:]] if hasattr(module, "parametrizations") else [kind]
+
+
+def _hooks(hooks: Any) -> list[str]:
+    """Return what the hooks are; the numbers under which they are kept count up in the whole process."""
+    found = [getattr(hook, "hook", hook) for hook in getattr(hooks, "values", lambda: ())()]
+    return [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in found]
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -146,7 +146,7 @@ def test_filesystem_without_symlinks_gets_the_files_themselves(
     assert not list(cache.folder.glob("blobs/*"))
 
 
-def test_partial_file_becomes_readable_as_the_umask_says(cache: RepoCache, umask: None) -> None:
+def test_partial_file_becomes_readable_as_the_umask_says(umask: None, cache: RepoCache) -> None:
     fd = os.open(cache.partial_path(WEIGHTS), os.O_CREAT | os.O_WRONLY, 0o600)
     os.close(fd)
     cache.publish(WEIGHTS, COMMIT, ["model.safetensors"])

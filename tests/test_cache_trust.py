@@ -47,6 +47,20 @@ def test_blob_is_trusted_once_it_is_stamped_until_it_changes(cache: RepoCache) -
     assert not cache.is_trusted(WEIGHTS, blob)
 
 
+def test_blob_in_the_layer_of_an_image_is_trusted(cache: RepoCache) -> None:
+    """Layers keep whole seconds, and an image that hashed its weights at every start would start late."""
+    publish(cache, "model.safetensors")
+    blob = cache.blob_path(WEIGHTS)
+    second_ns = 1_700_000_000 * 10**9
+    os.utime(blob, ns=(second_ns, second_ns + 123_456_789))
+    cache.stamp(WEIGHTS, blob, synced=True)
+    os.utime(blob, ns=(second_ns, second_ns))
+    assert cache.is_trusted(WEIGHTS, blob)
+    for other_ns in (second_ns + 10**9, second_ns - 10**9, second_ns + 1):
+        os.utime(blob, ns=(second_ns, other_ns))
+        assert not cache.is_trusted(WEIGHTS, blob)
+
+
 @pytest.mark.parametrize(("synced", "trusted"), [(True, True), (False, False)])
 def test_after_a_restart_of_the_machine_only_synced_blobs_are_trusted(
     cache: RepoCache, synced: bool, trusted: bool

@@ -104,6 +104,12 @@ def test_load_prints_where_the_time_went(run: Run, hub: Hub):
         assert phase in out
 
 
+def test_load_may_take_the_tensors_alone(run: Run, hub: Hub):
+    pytest.importorskip("torch")
+    code, out, _ = run("load", "org/tiny", "--tensors", "--quiet")
+    assert code == 0 and out.splitlines()[0] == "21 tensors"
+
+
 @pytest.mark.transformers
 def test_load_prints_its_profile_as_json_and_nothing_else(run: Run, hub: Hub):
     code, out, _ = run("load", "org/tiny", "--json", "--dtype", "float32", "--framework", "transformers")

@@ -124,6 +124,7 @@ def test_every_event_that_is_emitted_stands_in_the_table():
 def test_plugins_page_lists_every_plugin_with_its_hooks():
     listed = {row[0].strip("`"): code(row[2]) for row in cells((ROOT / "plugins" / "README.md").read_text())}
     there = {path.name: path for path in (ROOT / "plugins").glob("fastload_*.py")}
+    there |= {f"{path.parent.name}/": path for path in (ROOT / "plugins").glob("fastload_*/__init__.py")}
     assert listed.keys() == there.keys()
     for name, hooks in listed.items():
         assert set(re.findall(r"^def (fastload_\w+)\(", there[name].read_text(), re.M)) == set(hooks)

@@ -67,6 +67,26 @@ async def test_a_fault_that_happens_once_costs_a_try_and_no_byte(
         assert not outcome.waits
 
 
+async def test_the_rest_of_a_range_on_a_crawling_connection_comes_over_another(make_hub: MakeHub, tmp_path: Path):
+    hub = make_hub({"org/m": MODEL})
+    hub.script(Fault("hold", path=LARGE, skip=8, times=1, after_bytes=1000))  # never let go
+    outcome = await fetch(tmp_path, hub.endpoint, stall_s=60.0)  # nor does the watchdog end it
+    assert outcome.error is None, outcome.error
+    assert outcome.contents() == MODEL
+    [given_up] = [e for e in outcome.events if e.name == "range.retried"]
+    assert "slower than the others" in given_up.data["reason"]
+    assert asked(hub, LARGE)["cdn 206"] == 17 + 1
+
+
+async def test_a_small_file_on_a_crawling_connection_comes_over_another(make_hub: MakeHub, tmp_path: Path):
+    files = {**MODEL, **{f"{n}.json": noise(1000, n) for n in range(6)}}
+    hub = make_hub({"org/m": files})
+    hub.script(Fault("hold", path="5.json", times=1, after_bytes=10))
+    outcome = await fetch(tmp_path, hub.endpoint, stall_s=60.0)
+    assert outcome.error is None, outcome.error
+    assert outcome.contents() == files
+
+
 def _only(fault: Fault, file: str) -> Fault:
     return replace(fault, path=file)
 

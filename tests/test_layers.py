@@ -18,16 +18,17 @@ PLUGINS = Path(__file__).parents[1] / "plugins"  # of the checkout: an installed
 #: A module may import what stands before it. This is the order in which to read the package.
 ORDER = """
     errors types settings events
-    plan mirrors retry refusals answers access disk digest phases importing measured coldstart profile lock hookspecs
-    sink http cache journal ring whole device pinned lane plugins pools
-    view transfer resolve download fetch schedule delivery engine worker sync asking running inloop listing
-    weightfile staging copies feeder deferred supply router served tensors
-    unawaited loading loader lifecycle launch
-    report trace waterfall metrics history profiling observed testing builtin arguments cli __main__
+    plan runtimes mirrors flights concurrency retry refusals answers access disk digest phases interception
+    importing measured coldstart profile lock hookspecs
+    sink http cache readahead journal ring whole device pinned lane plugins pools
+    view transfer known resolve download athand fetch schedule landing delivery engine worker sync asking running inloop listing
+    shardindex weightfile staging copies feeder deferred supply router served inflight tensors
+    unawaited zerocopy loading loader lifecycle launch readers ondemand dropin starting
+    report trace timeline waterfall metrics history profiling observed doctor testing builtin serving arguments cli __main__
 """.split()
 
 DOORS = {
-    "aiohttp": {"http", "testing"},
+    "aiohttp": {"http", "testing", "serving"},  # serving: the supervisor's server, and its way to the app
     "aiofiles": {"cache"},
     "torch": {"device", "tensors", "router", "builtin.pickled", "builtin.module"},  # torch's pickles and modules
     "safetensors": {"builtin.safetensors", "router"},
@@ -122,7 +123,7 @@ def test_each_dependency_has_its_door(module: str):
 def test_only_known_dependencies_are_imported(module: str):
     foreign = {name.partition(".")[0] for name, _ in imports_of(module)} - set(sys.stdlib_module_names) - {"fastload"}
     assert foreign <= DOORS.keys() | (
-        {"yarl", "multidict"} if module == "http" or room_of(module) == "testing" else set()
+        {"yarl", "multidict"} if room_of(module) in ("http", "testing", "serving") else set()
     )
 
 

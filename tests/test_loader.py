@@ -137,9 +137,23 @@ def test_where_no_process_can_be_started_the_transfer_runs_here_and_says_so_once
 
     monkeypatch.setattr(running, "_warned", False)
     monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "exec_prefix", "/nonexistent")
     assert WAYS["load_tensors"]("org/m") == expected
     assert WAYS["stream"]("org/m") == expected
     assert caplog.text.count("no transfer process can be started") == 1
+
+
+def test_a_program_that_embeds_python_is_not_started_as_if_it_were_python(
+    hub: Hub, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    server = tmp_path / "uwsgi"
+    server.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(server))
+    assert WAYS["load_tensors"]("org/m") == expected
+    assert not (tmp_path / "started").exists()
+    assert "no transfer process" not in caplog.text  # the Python of its prefix does
 
 
 FORKED = """

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import json
 import os
+import subprocess
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -86,21 +90,61 @@ def test_plain_values_beside_the_tensors_are_metadata(tmp_path: Path):
 
 
 class Evil:
-    """Runs a program where it is unpickled carelessly."""
+    """Runs a program where it is unpickled carelessly: calls *function* with *arguments*, on one of pickle's ways."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.called = (function, arguments) if state is None else (function, arguments, state)
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("owned",)
+        return self.called
+
+
+#: What is named when it is refused → how it would make the folder "owned".
+EVIL = {
+    r"posix\.mkdir": Evil(os.mkdir, "owned"),
+    r"GLOBAL (builtins\.)?eval": Evil(eval, "__import__('os').mkdir('owned')"),
+    r"GLOBAL \w+\.Popen": Evil(subprocess.Popen, ["mkdir", "owned"]),
+    r"torch\.serialization\.load": Evil(torch.load, "owned", None, None),
+    r"functools\.partial": functools.partial(os.mkdir, "owned"),
+    r"torch\.jit": Evil(torch.jit.load, "owned"),
+}
 
 
 @BOTH
-def test_code_is_refused_and_never_run(tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("named", EVIL)
+@pytest.mark.parametrize("place", ["value", "key", "deep"])
+def test_code_is_refused_by_name_and_never_run(
+    tmp_path: Path, how: dict[str, Any], named: str, place: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
-    data = saved({"a": torch.ones(2), "b": Evil()}, how)
-    with pytest.raises(
-        FormatError, match=r"^model\.pth: it holds more than tensors and plain values: .*posix\.mkdir"
-    ) as e:
-        read(tmp_path, data)
+    if place == "key" and "partial" in named:
+        pytest.skip("cannot be pickled so")
+    evil = EVIL[named]
+    content = {"value": {"a": torch.ones(2), "b": evil}, "key": {evil: torch.ones(2)},
+               "deep": {"state_dict": OrderedDict(a=torch.ones(2)), "hooks": [(1, {"x": evil})]}}  # fmt: skip
+    with pytest.raises(FormatError, match=rf"^model\.pth: it holds more than tensors and plain values: .*{named}") as e:
+        read(tmp_path, saved(content[place], how))
     assert "safetensors" in str(e.value.hint)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_code_in_a_pickle_within_a_zip_archive_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By hand: opcodes that torch.save would not write, in a record that torch reads."""
+    monkeypatch.chdir(tmp_path)
+    sound = saved({"a": torch.ones(2)})
+    for program in (
+        b"cos\nmkdir\n(S'owned'\ntR.",
+        b"\x80\x02(S'owned'\nios\nmkdir\n.",
+        b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93.",
+    ):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(sound)) as old, zipfile.ZipFile(buffer, "w") as new:
+            for entry in old.infolist():
+                new.writestr(entry, program if entry.filename.endswith("data.pkl") else old.read(entry))
+        with pytest.raises(FormatError, match=r"^model\.pth: "):
+            read(tmp_path, buffer.getvalue())
+        with pytest.raises(FormatError, match=r"^model\.pth: "):
+            read(tmp_path, b"\x80\x02" + program)
     assert not (tmp_path / "owned").exists()
 
 
@@ -112,11 +156,16 @@ def test_whole_modules_are_refused_without_advice_to_trust_them(tmp_path: Path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_torchscript_is_refused_with_the_way_to_run_it(tmp_path: Path):
+def test_torchscript_is_refused_with_the_lines_that_run_it(
+    make_hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "s.pt"))
-    with pytest.raises(FormatError, match="it is a TorchScript program") as caught:
-        read(tmp_path, (tmp_path / "s.pt").read_bytes())
-    assert "torch.jit.load" in str(caught.value.hint)
+    monkeypatch.setenv("HF_ENDPOINT", make_hub({"org/p": {"s.pt": (tmp_path / "s.pt").read_bytes()}}).endpoint)
+    with pytest.raises(UnsupportedSourceError, match=r"^s\.pt: it is a TorchScript program") as caught:
+        fastload.load_tensors("org/p", settings={"process": False})
+    place: dict[str, Any] = {"fastload": fastload, "torch": torch}
+    exec(str(caught.value.hint).removeprefix("for its runtime: "), place)
+    assert place["path"].name == "s.pt"
 
 
 @pytest.mark.parametrize(
@@ -198,8 +247,59 @@ def test_load_tensors_reads_a_hubs_pickled_files(make_hub: Any, monkeypatch: pyt
         found["a"].zero_()
 
 
-def test_pickled_file_of_another_library_is_named(make_hub: Any, monkeypatch: pytest.MonkeyPatch):
-    hub = make_hub({"org/ct2": {"model.bin": b"\x06\x00\x00\x00" + bytes(100)}})
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    with pytest.raises(UnsupportedSourceError, match=r"model\.bin: no plugin reads"):
-        fastload.load_tensors("org/ct2", settings={"process": False})
+OTHERS = {
+    "model.bin": (b"\x06\0\0\0\x10\0TransformerSpec\0" + bytes(100), "a CTranslate2 model"),
+    "w.pt": (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
+    "w.ckpt": (b"(dp0\nS'a'\np1\nI1\ns.", "a pickle of protocol 0 or 1"),
+    "w.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a pointer of Git LFS"),
+    "v.pt": (b"\x1f\x8b" + bytes(40), "compressed by gzip"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_file_of_somebody_else_is_refused_with_what_it_is(make_hub: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    data, what = OTHERS[name]
+    monkeypatch.setenv("HF_ENDPOINT", make_hub({"org/p": {name: data}}).endpoint)
+    with pytest.raises(
+        UnsupportedSourceError, match=rf"^{name}: no plugin reads this kind of weight file; it is {what}"
+    ) as e:
+        fastload.load_tensors("org/p", settings={"process": False})
+    assert "fastload.prefetch('org/p'" in str(e.value.hint)
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+def sharded(**changes: Any) -> dict[str, bytes]:
+    """Return the files of a repository with two shards and their index."""
+    first, second = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    table = {"a": first, "b": second, "n": second, **changes}
+    return {
+        "pytorch_model.bin.index.json": json.dumps({"metadata": {}, "weight_map": table}).encode(),
+        first: saved({"a": WEIGHTS["a"]}), second: saved({"b": WEIGHTS["b"], "n": WEIGHTS["n"]}),
+    }  # fmt: skip
+
+
+def test_shards_of_an_index_come_as_one(make_hub: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_ENDPOINT", make_hub({"org/p": sharded()}).endpoint)
+    found = fastload.load_tensors("org/p", settings={"process": False})
+    assert list(found) == ["a", "b", "n"] and all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"c": "pytorch_model-00002-of-00002.bin"},
+            r"tensor 'c' should be in .*2-of-00002\.bin, but no weight file has it",
+        ),
+        ({"c": "pytorch_model-00003-of-00003.bin"}, r"tensor 'c' should be in .*3\.bin, which is not among the files"),
+        ({"c": 3}, "not an index of weight files"),
+    ],
+)
+def test_index_that_promises_too_much_is_a_format_error(
+    make_hub: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str
+):
+    monkeypatch.setenv("HF_ENDPOINT", make_hub({"org/p": sharded(**change)}).endpoint)
+    with pytest.raises(FormatError, match=rf"^pytorch_model\.bin\.index\.json: {reason}"):
+        fastload.load_tensors("org/p", settings={"process": False})

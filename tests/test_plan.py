@@ -117,3 +117,24 @@ def test_holes_are_cut_where_ranges_of_the_file_begin(holes: list[Any], ranges: 
 @pytest.mark.parametrize(("count", "middle"), [(-1, 5), (0, 5), (3, 8), (5, 10), (9, 10)])
 def test_a_cut_never_leaves_its_range(count: int, middle: int):
     assert cut(ByteRange(5, 10), count) == (ByteRange(5, middle), ByteRange(middle, 10))
+
+
+def test_modules_of_sentence_transformers_travel_as_small_files() -> None:
+    paths = ["modules.json", "config.json", "model.safetensors", "pytorch_model.bin", "1_Pooling/config.json",
+             "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "onnx/model.onnx"]  # fmt: skip
+    selection = select(manifest(*paths))
+    assert selection.weights == ("model.safetensors",)
+    assert "2_Dense/model.safetensors" in [f.path for f in selection.files]
+    assert not [f.path for f in selection.files if f.path.endswith((".bin", ".onnx"))]
+    old = select(manifest("modules.json", "0_Transformer/pytorch_model.bin", "1_Pooling/config.json"))
+    assert old.weights == ("0_Transformer/pytorch_model.bin",)
+
+
+def test_open_clip_has_weights_of_its_own_beside_others() -> None:
+    paths = ["config.json", "open_clip_config.json", "model.safetensors", "open_clip_model.safetensors",
+             "open_clip_pytorch_model.bin"]  # fmt: skip
+    assert select(manifest(*paths)).weights == ("model.safetensors",)
+    assert select(manifest(*paths), options={"framework": "open_clip"}).weights == ("open_clip_model.safetensors",)
+    assert select(manifest("open_clip_pytorch_model.bin"), options={"framework": "open_clip"}).weights == (
+        "open_clip_pytorch_model.bin",
+    )

@@ -15,7 +15,7 @@ from fastload import cli, history, profiling
 from fastload.errors import UnsupportedSourceError
 from fastload.testing import Fault, Hub
 
-OUTPUTS = ["--trace", "t.json", "--html", "w.html", "--metrics", "m.prom", "--history", "h.jsonl"]
+OUTPUTS = ["--trace", "t.json", "--html", "w.html", "--svg", "t.svg", "--metrics", "m.prom", "--history", "h.jsonl"]
 
 APP = """
 import sys
@@ -39,7 +39,7 @@ def profiled(*words: str, **options: object) -> subprocess.CompletedProcess[str]
 
 
 def check_outputs(folder: Path, *, ok: bool) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["h.jsonl", "m.prom", "t.json", "w.html"]
+    assert sorted(p.name for p in folder.iterdir()) == ["h.jsonl", "m.prom", "t.json", "t.svg", "w.html"]
     names = {e["name"] for e in json.loads((folder / "t.json").read_text())["traceEvents"]}
     assert "org/tiny" in names
     assert "org/tiny" in (folder / "w.html").read_text()

@@ -13,11 +13,12 @@ from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 import fastload
-from fastload import history, metrics, trace, waterfall
+from fastload import history, metrics, timeline, trace, waterfall
 from fastload.builtin.log import line
 from fastload.errors import CacheError, FormatError
 from fastload.events import Event
@@ -31,6 +32,7 @@ def landed(at_s: float, seconds: float, start: int, stop: int, file: str = "w") 
     return Event("range.landed", at_s, seconds, file, {"start": start, "stop": stop})
 
 
+SVG = "{http://www.w3.org/2000/svg}"
 #: Three ranges, two at a time; process 4711 fetches.
 LOAD = (
     Event("transfer.started", 99.0, data={"pid": 4711}),
@@ -112,6 +114,35 @@ def test_a_trace_has_one_row_a_process_and_one_lane_a_connection():
         ("file.verified", "w"),
     ]
     assert [e["args"]["MB"] for e in events if e["ph"] == "C"] == [1.0, 2.0, 3.0]
+
+
+#: Two slots: one read for 0.2 s and copied for 0.4; one that also waited for the first.
+COPIES = (
+    Event("copy.finished", 104.0, 0.6, "w", {"bytes": 1_000_000, "device": "cuda:0", "slot": 7, "read_s": 0.2}),
+    Event("copy.finished", 104.5, 1.0, "w",
+          {"bytes": 2_000_000, "device": "cuda:0", "slot": 6, "read_s": 0.1, "queued_s": 0.4}),
+)  # fmt: skip
+
+
+def test_a_trace_has_a_lane_for_each_slot_and_one_for_the_device():
+    events = trace.chrome_trace(load_of(*LOAD, *COPIES))["traceEvents"]
+    drawn = rows(events)
+    assert drawn["slot 8"] == [("read", 4_400_000, 200_000), ("copy", 4_600_000, 400_000)]
+    assert drawn["slot 7"] == [
+        ("read", 4_500_000, 100_000), ("queued", 4_600_000, 400_000), ("copy", 5_000_000, 500_000),
+    ]  # fmt: skip
+    assert drawn["cuda:0"] == [("w", 4_600_000, 400_000), ("w", 5_000_000, 500_000)]
+    program = {e["tid"] for e in events if e["ph"] == "X" and e["cat"] == "cuda:0"}
+    assert {e["pid"] for e in events if e.get("tid") in program and e["ph"] == "X"} == {os.getpid()}
+
+
+def test_copies_to_a_device_are_a_phase():
+    load = load_of(*LOAD, *COPIES)
+    phase = load.phase("device")
+    assert phase is not None
+    assert (phase.bytes, round(phase.start_s, 6), round(phase.stop_s, 6)) == (3_000_000, 3.4, 4.5)
+    assert "device" in str(load)
+    assert any("device" in line for line in Page(waterfall.html(load)).words)
 
 
 def test_every_event_of_a_trace_has_what_the_format_demands():
@@ -201,6 +232,34 @@ def test_a_waterfall_shows_phases_connections_and_files():
 def test_bars_stand_where_and_as_long_as_things_took():
     text = waterfall.html(load_of(*LOAD))
     assert 'class="verify" style="left:55.000%;width:15.000%" title="5.500 to 7.000 s"' in text
+
+
+# -- timelines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_timeline_has_a_row_for_every_connection_hash_slot_and_device():
+    drawing = ElementTree.fromstring(timeline.svg(block_of(load_of(*LOAD, *COPIES))))
+    rects = [(r.get("class"), r.get("x"), r.get("y"), r.get("width")) for r in drawing.iter(f"{SVG}rect")]
+    heights = {
+        css: {y for kind, _, y, _ in rects if kind == css} for css in ("network", "hash", "read", "queued", "copy")
+    }
+    legend = 1
+    assert {css: len(ys) - legend for css, ys in heights.items()} == {
+        "network": 2, "hash": 1, "read": 2, "queued": 1, "copy": 3,
+    }  # fmt: skip
+    words = [text.text for text in drawing.iter(f"{SVG}text")]
+    assert {"org/model: 3.0 MB, ready after 10.00 s", "network", "hash", "slots", "cuda:0", "last byte", "10 s"} <= {
+        *words
+    }
+    # 10 seconds are 824 units wide, from 120 on: the hash took from 5.5 to 7.
+    assert ("hash", "573.2", "78", "123.6") in rects
+
+
+def test_a_timeline_without_events_is_empty_and_names_are_text():
+    assert not list(ElementTree.fromstring(timeline.svg(load_of(*LOAD, keep=False))).iter(f"{SVG}text"))
+    started = Event("load.started", 100.0, data={"source": "<script>"})
+    drawing = ElementTree.fromstring(timeline.svg(load_of(started, *LOAD[2:])))
+    assert any("<script>" in (text.text or "") for text in drawing.iter(f"{SVG}text"))
 
 
 def test_names_and_messages_are_text_and_not_markup():

@@ -137,6 +137,66 @@ PIPELINES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def write_single_file(folder: Path, path: Path) -> Path:
+    """Write the saved Stable Diffusion pipeline of *folder* as one checkpoint, under the names that its authors gave."""
+    from safetensors.torch import load_file, save_file
+
+    parts = {
+        "model.diffusion_model.": (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"), _unet_name),
+        "first_stage_model.": (load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"), _vae_name),
+        "cond_stage_model.transformer.text_model.": (
+            load_file(folder / "text_encoder" / "model.safetensors"), lambda name: name.removeprefix("text_model.")
+        ),
+    }  # fmt: skip
+    save_file({prefix + rename(n): t for prefix, (held, rename) in parts.items() for n, t in held.items()}, path)
+    return path
+
+
+#: Of a resnet, and of an attention of the VAE: the name in diffusers → the name in the checkpoint.
+_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm"}
+_AROUND = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+           "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}  # fmt: skip
+
+
+def _unet_name(name: str) -> str:
+    """Return the name in a checkpoint of a parameter of :func:`_unet`: two blocks each way, of one layer and of two."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _AROUND:
+        return f"{_AROUND[stem]}.{kind}"
+    where, *rest = name.split(".")
+    if where == "mid_block":
+        place = {("resnets", "0"): "0", ("attentions", "0"): "1", ("resnets", "1"): "2"}[rest[0], rest[1]]
+        prefix, rest = f"middle_block.{place}", rest[1:]
+    else:
+        block, part, layer, *_ = rest
+        first, count, side = (1, 2, "input") if where == "down_blocks" else (0, 2, "output")
+        if part == "downsamplers":
+            return f"input_blocks.{count * (int(block) + 1)}.0.op.{kind}"
+        if part == "upsamplers":
+            return f"output_blocks.{count * int(block) + 1}.2.conv.{kind}"
+        number = first + count * int(block) + int(layer)
+        prefix, rest = f"{side}_blocks.{number}.{0 if part == 'resnets' else 1}", rest[2:]
+    inner = ".".join(rest[1:-1])
+    return f"{prefix}.{_RESNET.get(inner, inner)}.{kind}"
+
+
+def _vae_name(name: str) -> str:
+    """Return the name in a checkpoint of a parameter of :func:`_vae` with two blocks each way."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    for ours, theirs in _ATTENTION.items():
+        name = name.replace(f"attentions.0.{ours}.", f"attentions.0.{theirs}.")
+    name = name.replace("mid_block.attentions.0", "mid.attn_1")
+    for layer in (0, 1):
+        name = name.replace(f"mid_block.resnets.{layer}", f"mid.block_{layer + 1}")
+        name = name.replace(f"down_blocks.{layer}.", f"down.{layer}.").replace(
+            f"up_blocks.{layer}.", f"up.{1 - layer}."
+        )
+    name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+    return name.replace(".resnets.", ".block.")
+
+
 def image(pipeline: Any) -> torch.Tensor:
     """Return what *pipeline* paints under one seed, in two steps."""
     pipeline.set_progress_bar_config(disable=True)

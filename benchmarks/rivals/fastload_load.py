@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from .imports_only import prepare as prepare_framework
+
 TITLE = "fastload.load"
 VERIFIES = "sha256"
+
+
+def prepare(job: dict[str, Any]) -> None:
+    """Import what a server that runs already has."""
+    import fastload
+
+    _ = fastload.load
+    prepare_framework(job)
 
 
 def run(job: dict[str, Any]) -> Any:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .imports_only import prepare
+
+__all__ = ["prepare"]
+
 TITLE = "from_pretrained"
 REQUIRES = ("transformers", "huggingface_hub")
 VERIFIES = "size"

@@ -34,6 +34,8 @@ def fastload_build_model(
         if framework == "torch":
             raise SettingsError("framework='torch' needs a module to fill", hint="pass into=module")
         return None
+    if hasattr(module, "load_lora_weights") and framework != "torch":
+        return None  # a pipeline, which its own plugin fills
     if framework not in (None, "torch"):
         raise SettingsError(
             f"into= is for plain modules, not for framework={framework!r}", hint="leave one of them out"

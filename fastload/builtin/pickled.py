@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedSourceError
 from ..hookspecs import hookimpl
 from ..types import Format, NeedBytes, TensorInfo
 
@@ -58,6 +58,7 @@ class Pickled:
 
         Raises:
             FormatError: The file is damaged, wants to run code, or holds no tensors.
+            UnsupportedSourceError: It is a program.
         """
         tensors, self._metadata = self._flatten(self._unpickle(path))
         return tensors
@@ -77,11 +78,8 @@ class Pickled:
             reason, hint = f"torch cannot read it: {_reason(e)}", "tell the owner of the repository"
             if isinstance(e, pickle.UnpicklingError) and "GLOBAL" in str(e):
                 reason, hint = f"it holds more than tensors and plain values: {_reason(e)}", _SAVE_SAFELY
-            elif "TorchScript" in str(e):
-                reason, hint = (
-                    "it is a TorchScript program",
-                    "fastload.prefetch gives its verified path for torch.jit.load",
-                )
+            elif "TorchScript" in str(e):  # whoever knows where it comes from says how to run it
+                raise UnsupportedSourceError(f"{self.filename}: it is a TorchScript program") from e
         raise FormatError(f"{self.filename}: {reason}", hint=hint)
 
     def _flatten(self, content: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

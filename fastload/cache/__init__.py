@@ -14,7 +14,7 @@ the two trees entry by entry.
 """
 
 from .check import FileCheck, check_snapshot
-from .disk import cache_error, check_path
+from .disk import cache_error, check_path, in_flight_link, is_in_flight
 from .repo import RepoCache
 
-__all__ = ["FileCheck", "RepoCache", "cache_error", "check_path", "check_snapshot"]
+__all__ = ["FileCheck", "RepoCache", "cache_error", "check_path", "check_snapshot", "in_flight_link", "is_in_flight"]

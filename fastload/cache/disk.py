@@ -17,6 +17,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 #: Specified, symlink(2): EPERM where the filesystem has none; FUSE mounts of object stores answer with the others.
 _NO_SYMLINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_OWN_FDS = "/proc/self/fd/"
 #: Specified: huggingface_hub lets a group share its locks.
 _LOCK_MODE = 0o664
 
@@ -114,6 +115,19 @@ def new_file_mode(folder: Path) -> int:
 def temporary_path(folder: Path) -> Path:
     """Return a free name in *folder*; among blobs, huggingface_hub prunes what a crash leaves under such a name."""
     return folder / f"{os.urandom(8).hex()}.incomplete"
+
+
+def in_flight_link(fd: int) -> str:
+    """Return what a link must hold to stand for the file behind *fd*, in this process alone."""
+    return f"{_OWN_FDS}{fd}"
+
+
+def is_in_flight(path: Path) -> bool:
+    """Tell whether *path* is such a link: whatever it leads to is not verified."""
+    try:
+        return os.readlink(path).startswith(_OWN_FDS)
+    except OSError:
+        return False
 
 
 def has_no_symlinks(error: OSError) -> bool:

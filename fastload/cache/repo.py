@@ -17,8 +17,18 @@ from urllib.parse import quote
 
 from ..errors import SourceError
 from ..types import Digest, Manifest, RemoteFile
-from . import stamps, tree
-from .disk import check_path, disk, has_no_symlinks, new_file_mode, open_lock, removed_on_error, sync, temporary_path
+from . import filesystem, refs, stamps, tree
+from .disk import (
+    check_path,
+    disk,
+    has_no_symlinks,
+    is_in_flight,
+    new_file_mode,
+    open_lock,
+    removed_on_error,
+    sync,
+    temporary_path,
+)
 
 log = logging.getLogger("fastload")
 
@@ -38,12 +48,13 @@ class RepoCache:
         root: The cache, as ``HF_HUB_CACHE`` names it.
         source: ``org/name``.
         symlinks: Link snapshots to blobs; else, and where the filesystem has no links, snapshots hold the files.
+        network: Other machines may write there too; ``None``: as the filesystem's type says.
 
     Attributes:
         folder: ``models--org--name`` in *root*.
     """
 
-    def __init__(self, root: Path, source: str, *, symlinks: bool = True) -> None:
+    def __init__(self, root: Path, source: str, *, symlinks: bool = True, network: bool | None = None) -> None:
         check_path(source, "repository name")
         if "--" in source:  # the Hub allows none: it separates the parts of the folder's name
             raise SourceError(f"{source!r} is not a repository name: it may not hold '--'")
@@ -53,17 +64,23 @@ class RepoCache:
         name = f"models--{source.replace('/', '--')}"
         self.folder = self.root / name
         self._locks = self.root / ".locks" / name
+        self._file_mode: int | None = None
+        self._network = network
+        self._writer = ""
 
     def prepare(self) -> None:
-        """Make the folders; find out now, not after the download, whether files can be made there.
+        """Make the folders; find out now, not after the download, what files can be made there.
 
         Raises:
-            CacheError: They cannot.
+            CacheError: None, or none that processes can share.
         """
         with disk("write to the cache", self.folder):
             for name in ("blobs", "snapshots"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            new_file_mode(self.folder / "blobs")
+            self._file_mode = new_file_mode(self.folder / "blobs")
+        network = filesystem.is_network(self.folder) if self._network is None else self._network
+        locks = filesystem.check_files(self.folder / "blobs")
+        self._writer = filesystem.writer_name(network=network, locks=locks)
         with suppress(OSError), open(self.root / "CACHEDIR.TAG", "x") as tag:
             tag.write(_CACHEDIR_TAG)
 
@@ -82,11 +99,15 @@ class RepoCache:
 
     def partial_path(self, digest: Digest) -> Path:
         """Return where the bytes of *digest* arrive: on the same filesystem, under a name that no reader takes."""
-        return self.blob_path(digest).with_name(f"{digest.value}.fastload.incomplete")
+        return self._beside(digest, "incomplete")
 
     def journal_path(self, digest: Digest) -> Path:
         """Return the journal beside the partial file."""
-        return self.blob_path(digest).with_name(f"{digest.value}.fastload.journal")
+        return self._beside(digest, "journal")
+
+    def _beside(self, digest: Digest, kind: str) -> Path:
+        writer = f".{self._writer}" if self._writer else ""
+        return self.blob_path(digest).with_name(f"{digest.value}{writer}.fastload.{kind}")
 
     def lock_path(self, digest: Digest) -> Path:
         """Return the file that whoever writes this blob locks, huggingface_hub too."""
@@ -103,6 +124,8 @@ class RepoCache:
             places.append(self.blob_path(file.digest))
         for place in places:
             with suppress(OSError):
+                if is_in_flight(place):
+                    continue
                 status = os.stat(place)
                 if stat.S_ISREG(status.st_mode) and status.st_size == file.size:
                     return place
@@ -162,7 +185,9 @@ class RepoCache:
         with disk("publish", blob):
             shared = os.path.lexists(blob)  # then other snapshots may link to it
             with suppress(OSError):  # a mount without modes is still a cache
-                os.chmod(partial, new_file_mode(self.folder / "blobs"))
+                if self._file_mode is None:
+                    self._file_mode = new_file_mode(self.folder / "blobs")
+                os.chmod(partial, self._file_mode)
             os.replace(partial, blob)
             home = blob
             for pointer in pointers.values():
@@ -239,27 +264,8 @@ class RepoCache:
             executor: Threads for the disk; ``None``: the loop's own.
         """
         check_path(revision, "revision")
-        if revision == commit:
-            return
-        import aiofiles
-        import aiofiles.os
-
-        path = self.folder / "refs" / revision
-        temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
-        with disk("write", path):
-            with suppress(OSError, UnicodeDecodeError):  # none, or none that can be read: it is written
-                async with aiofiles.open(path, encoding="utf-8", executor=executor) as file:
-                    if await file.read() == commit:
-                        return  # the cache may be read-only
-            await aiofiles.os.makedirs(path.parent, exist_ok=True, executor=executor)
-            try:
-                async with aiofiles.open(temporary, "w", encoding="utf-8", executor=executor) as file:
-                    await file.write(commit)
-                await aiofiles.os.replace(temporary, path, executor=executor)
-            except OSError:
-                with suppress(OSError):
-                    await aiofiles.os.unlink(temporary, executor=executor)
-                raise
+        if revision != commit:
+            await refs.write_ref(self.folder, revision, commit, executor)
 
     def read_ref(self, revision: str | None) -> str | None:
         """Return the commit that *revision* (``None``: ``main``) was when it was last asked for; a commit is itself."""
@@ -267,30 +273,27 @@ class RepoCache:
         check_path(revision, "revision")
         if _COMMIT.fullmatch(revision):
             return revision
-        try:
-            return (self.folder / "refs" / revision).read_text(encoding="utf-8").strip() or None
-        except (OSError, UnicodeDecodeError):
-            return None
+        return refs.read_ref(self.folder, revision)
 
     async def write_no_exist(self, commit: str, paths: Iterable[str], *, executor: Executor | None = None) -> None:
         """Remember that *commit* has no file at *paths*, so that nobody asks again."""
-        import aiofiles
-        import aiofiles.os
-
         check_path(commit, "commit")
-        folder = self.folder / ".no_exist" / commit
         for path in paths:
             check_path(path)
-            with disk("write", folder / path):
-                await aiofiles.os.makedirs((folder / path).parent, exist_ok=True, executor=executor)
-                async with aiofiles.open(folder / path, "a", executor=executor):
-                    pass
+            await refs.write_no_exist(self.folder, commit, path, executor)
 
     def known_missing(self, commit: str, path: str) -> bool:
         """Tell whether the hub once said that *commit* has no such file."""
         check_path(commit, "commit")
         check_path(path)
         return (self.folder / ".no_exist" / commit / path).is_file()
+
+    def lacks(self, commit: str, path: str) -> bool:
+        """Tell whether it is known that *commit* has no such file: from the hub's answer, or from its whole listing."""
+        if self.known_missing(commit, path):
+            return True
+        listed = tree.read_tree(self.folder, commit)
+        return listed is not None and all(file.path != path for file in listed)
 
     def write_tree(self, manifest: Manifest) -> None:
         """Keep the listing of a whole commit, which makes huggingface_hub's check for completeness work offline.
@@ -302,15 +305,17 @@ class RepoCache:
         if _COMMIT.fullmatch(manifest.commit) and tree.read_tree(self.folder, manifest.commit) is None:
             tree.write_tree(self.folder, manifest)
 
-    def read_tree(self, source: str, commit: str, revision: str, endpoint: str) -> Manifest | None:
+    def read_tree(
+        self, source: str, commit: str, revision: str, endpoint: str, *, whole: bool = False
+    ) -> Manifest | None:
         """Return what the cache knows *commit* to hold, with exact sizes and digests, for a load without network.
 
-        From the commit's listing; without one, from the links of its snapshot, if all of them lead to blobs that are
-        named by digest: then it is what is there, which need not be all of the commit.
+        From the commit's listing; without one (unless *whole*), from the links of its snapshot, if all of them lead to
+        blobs that are named by digest: then it is what is there, which need not be all of the commit.
         """
         check_path(commit, "commit")
         files = tree.read_tree(self.folder, commit)
-        if files is None:
+        if files is None and not whole:
             files = tree.linked_files(self.snapshot_path(commit))
         if files is None:
             return None

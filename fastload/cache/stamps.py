@@ -55,9 +55,12 @@ def is_trusted(folder: Path, digest: Digest, path: Path) -> bool:
         status = os.stat(path)
     except (OSError, ValueError):
         return False
-    if not isinstance(record, dict) or (record.get("size"), record.get("mtime_ns")) != (
-        status.st_size,
-        status.st_mtime_ns,
+    if not isinstance(record, dict) or record.get("size") != status.st_size:
+        return False
+    noted_ns = record.get("mtime_ns")
+    if noted_ns != status.st_mtime_ns and not (
+        # Layers of container images keep whole seconds (BuildKit and containerd cut the rest off).
+        isinstance(noted_ns, int) and noted_ns - noted_ns % 1_000_000_000 == status.st_mtime_ns
     ):
         return False
     return record.get("synced") is True or (boot_id() is not None and record.get("boot_id") == boot_id())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-KIB = 1 << 10
+KIB, MIB = 1 << 10, 1 << 20
 #: What the streams of the tests take: two pages a slot, so that tensors of some ten KiB go through many.
 PINNED_BYTES = 64 * KIB
 

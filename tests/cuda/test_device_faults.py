@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +14,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from arrival import Arrival  # noqa: E402
-from device_weights import expected, write, wrong  # noqa: E402
+from device_weights import MIB, expected, write, wrong  # noqa: E402
 
 from fastload.errors import DeviceError, FastloadError  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
 
 Start = Callable[..., Arrival]
 Open = Callable[..., TensorStream]
-MIB = 1 << 20
 
 
 @pytest.fixture
@@ -137,8 +137,8 @@ def test_load_that_cannot_fit_says_so_before_it_takes_anything(
     used = fake.stat("device_used")
     with fake.settings(mem=used + 30 * MIB):
         with pytest.raises(DeviceError, match=rf"cuda:0 is out of memory: the tensors need {40 * MIB} bytes") as caught:
-            open_stream(wide).collect()
-        assert f"{30 * MIB} are free" in str(caught.value)
+            open_stream(wide, pinned_bytes=8 * MIB).collect()
+        assert f"{30 * MIB} bytes are free" in str(caught.value)
         assert "dtype=" in str(caught.value)
     assert fake.stat("device_used") == used
 
@@ -153,7 +153,7 @@ def test_memory_that_runs_out_on_the_way_leaves_nothing_behind(
         with pytest.raises(
             DeviceError, match=r"out of memory while tensor '\d' \(4194304 bytes\).* bytes are free"
         ) as e:
-            open_stream(wide).collect()
+            open_stream(wide, pinned_bytes=8 * MIB).collect()
         assert cuda.memory_allocated() == allocated, "the error keeps half a model"
         del e
     cuda.empty_cache()
@@ -172,16 +172,52 @@ def test_stream_of_more_than_fits_works_while_tensors_are_let_go(
     assert sums == list(range(10))
 
 
-@pytest.mark.parametrize("n", range(1, 6))
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_allocation_that_fails_once_is_survived_or_an_error(
-    wide: Arrival, open_stream: Open, fake: ModuleType, cuda: Any, n: int
+    wide: Arrival, open_stream: Open, fake: ModuleType, cuda: Any, dtype: Any
+) -> None:
+    want = {f"{i}": torch.full((MIB,), i, dtype=torch.float32) for i in range(10)}
+    for n in range(1, 50):  # every one that there is
+        gc.collect()
+        cuda.empty_cache()
+        allocated, mallocs = cuda.memory_allocated(), fake.stat("mallocs")
+        with fake.settings(malloc_fail_at=n):
+            assert outcome(open_stream(wide, dtype=dtype, pinned_bytes=8 * MIB), want, dtype) in (
+                "right",
+                "DeviceError",
+            )
+        assert cuda.memory_allocated() == allocated
+        if fake.stat("mallocs") - mallocs < n:
+            break
+    assert n > 1
+    assert outcome(open_stream(wide, pinned_bytes=8 * MIB), want) == "right"
+
+
+@pytest.mark.parametrize("after_mib", [0, 5, 17, 39])
+def test_device_that_fills_up_says_what_was_needed_and_free_and_keeps_nothing(
+    wide: Arrival, open_stream: Open, fake: ModuleType, cuda: Any, after_mib: int
 ) -> None:
     gc.collect()
     cuda.empty_cache()
-    want = {f"{i}": torch.full((MIB,), i, dtype=torch.float32) for i in range(10)}
-    with fake.settings(malloc_fail_at=n):
-        assert outcome(open_stream(wide, dtype=torch.bfloat16), want, torch.bfloat16) in ("right", "DeviceError")
-    assert outcome(open_stream(wide), want) == "right"
+    allocated, used = cuda.memory_allocated(), fake.stat("device_used")
+    for read in (TensorStream.collect, lambda stream: list(stream)):
+        stream = open_stream(wide, pinned_bytes=8 * MIB)
+        with fake.settings(oom_bytes=used + after_mib * MIB), pytest.raises(DeviceError) as caught:
+            read(stream)
+        stream.close()
+        assert re.search(
+            r"\(4194304 bytes\)( and \d+ more)? of m\.safetensors .*; \d+ bytes are free", str(caught.value)
+        )
+        gc.collect()
+        assert cuda.memory_allocated() == allocated, "the error keeps half a model"
+    cuda.empty_cache()
+    assert fake.stat("device_used") == used
+
+
+def test_host_memory_that_is_not_there_is_an_error_that_says_so(arrived: Arrival, open_stream: Open) -> None:
+    with pytest.raises(DeviceError, match=rf"no {1 << 50} bytes for copies to cuda:0") as caught:
+        open_stream(arrived, pinned_bytes=1 << 50).collect()
+    assert "pinned_bytes" in str(caught.value)
 
 
 @pytest.mark.parametrize("limit", [0, 100_000])

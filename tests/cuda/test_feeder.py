@@ -16,11 +16,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from arrival import Arrival, demanded  # noqa: E402
-from device_weights import KIB, PINNED_BYTES, bits, expected, model, write, wrong  # noqa: E402
+from device_weights import KIB, MIB, PINNED_BYTES, bits, expected, model, write, wrong  # noqa: E402
 
 from fastload import pinned  # noqa: E402
 from fastload.copies import SLOTS  # noqa: E402
-from fastload.errors import DeviceError, DownloadError, FastloadError, IntegrityError  # noqa: E402
+from fastload.errors import DeviceError, DownloadError, FastloadError, FormatError, IntegrityError  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
 
 Start = Callable[..., Arrival]
@@ -173,6 +173,94 @@ def test_later_file_may_land_first(start: Start, open_stream: Open) -> None:
         assert not wrong(waiting.result(), expected())
 
 
+def test_copies_begin_with_the_first_head_and_not_with_the_last(
+    start: Start, open_stream: Open, fake: ModuleType
+) -> None:
+    arrival = start()
+    stream = open_stream(arrival)
+    copied: list[Any] = []
+    arrival.transfer.events.add(lambda event: copied.append(event) if event.name == "copy.finished" else None)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.collect)
+        arrival.land("a.safetensors")
+        while sum(event.data["bytes"] for event in copied) < sum(t.nbytes for t in model().values()):
+            assert not waiting.done()
+        assert demanded(arrival, "b.safetensors") == 0  # nobody has seen its head
+        arrival.finish()
+        assert not wrong(waiting.result(), expected())
+
+
+def test_file_whose_head_comes_first_goes_first(start: Start, open_stream: Open) -> None:
+    arrival = start()
+    stream = open_stream(arrival)
+    copied: list[str] = []
+    arrival.transfer.events.add(lambda e: copied.append(e.file or "") if e.name == "copy.finished" else None)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.collect)
+        arrival.land("b.safetensors")
+        while "b.safetensors" not in copied:
+            assert not waiting.done()
+        arrival.finish()
+        assert list(waiting.result()) == list(expected())
+    assert "a.safetensors" in copied
+
+
+def test_transfer_that_fails_before_a_head_has_landed_ends_the_thread(start: Start, open_stream: Open) -> None:
+    arrival = start()
+    stream = open_stream(arrival)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.collect)
+        arrival.land("a.safetensors")
+        demanded(arrival, "b.safetensors")
+        arrival.fail(DownloadError("the line is cut"))
+        with pytest.raises(DownloadError, match="the line is cut"):
+            waiting.result()
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+
+
+def test_closing_does_not_wait_for_heads(start: Start, open_stream: Open) -> None:
+    arrival = start()
+    stream = open_stream(arrival)
+    feeder = stream._supply.feeder
+    feeder.bring(stream._files.values(), torch.device("cuda", 0), None)
+    assert [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+    stream.settle()  # what nobody has asked for is not waited for either
+    assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+    feeder.bring(stream._files.values(), torch.device("cuda", 0), None)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "fastload-feed"]
+
+
+def test_file_that_nobody_wants_any_more_when_its_head_is_read_is_let_go(
+    start: Start, open_stream: Open, cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrival = start()
+    arrival.land_head("a.safetensors")  # its other bytes will not come
+    stream = open_stream(arrival)
+    feeder, before = stream._supply.feeder, cuda.memory_allocated()
+    allocate, allocated = feeder._copies.allocate, threading.Event()
+
+    def allocate_late(*arguments: Any) -> None:
+        allocate(*arguments)
+        with feeder._changed:
+            feeder._coming.clear()  # as the end of the load does
+        allocated.set()
+
+    monkeypatch.setattr(feeder._copies, "allocate", allocate_late)
+    feeder.bring(stream._files.values(), torch.device("cuda", 0), None)
+    assert allocated.wait(30)
+    while feeder._thread is not None:
+        pass
+    assert cuda.memory_allocated() == before
+
+
+def test_damaged_head_is_an_error_for_whoever_waits(start: Start, open_stream: Open, folder: Path) -> None:
+    (folder / "b.safetensors").write_bytes(b"\xff" * 4096)
+    with pytest.raises(FormatError, match=r"b\.safetensors"):
+        open_stream(complete(start)).collect()
+
+
 def test_other_process_of_a_partial_file_is_waited_for_in_many_threads(start: Start, open_stream: Open) -> None:
     arrival = start()
     stream = open_stream(arrival)
@@ -250,6 +338,18 @@ def test_memory_that_the_program_still_works_on_is_not_overwritten(start: Start,
     assert not wrong(dict(zip(expected(), (copy for copy, _ in kept), strict=True)), expected())
 
 
+def test_memory_that_the_program_has_just_given_back_is_not_written_too_early(
+    start: Start, open_stream: Open, cuda: Any
+) -> None:
+    arrival = complete(start)
+    open_stream(arrival).collect()  # torch has memory of just these sizes now
+    for tensor in [torch.empty_like(tensor, device="cuda") for tensor in expected().values()]:
+        tensor.view(-1).view(torch.uint8).fill_(7)  # may run long after the memory has gone to the next load
+    del tensor
+    got = open_stream(arrival).collect()
+    assert not wrong(got, expected())
+
+
 def test_tensors_are_handed_out_before_the_device_has_done_anything(
     start: Start, open_stream: Open, fake: ModuleType
 ) -> None:
@@ -311,6 +411,29 @@ def test_load_takes_one_piece_of_memory_for_all_large_tensors(
     assert fake.stat("mallocs") - mallocs == 1
     assert cuda.memory_reserved() - reserved <= size + (4 << 20)
     assert [int(t.cpu()[-1]) for t in got.values()] == list(range(20))
+
+
+def test_memory_of_the_device_stays_close_to_the_model_s(
+    start: Start, open_stream: Open, tmp_path: Path, fake: ModuleType, cuda: Any
+) -> None:
+    folder = tmp_path / "wide"
+    for name in "abc":
+        sizes = {f"{name}{i}": 700_000 + 3 * i for i in range(6)} | {f"{name}-{i}": 100 + i for i in range(200)}
+        tensors = {tensor: torch.full((size,), size % 251, dtype=torch.uint8) for tensor, size in sizes.items()}
+        tensors |= {f"{name}+{i}": torch.full((600_000,), i, dtype=torch.float32) for i in range(8)}
+        write(tensors, folder / f"{name}.safetensors")
+    gc.collect()
+    cuda.empty_cache()
+    cuda.reset_peak_memory_stats()
+    reserved, mallocs = cuda.memory_reserved(), fake.stat("mallocs")
+    got = open_stream(complete(start, folder=folder), pinned_bytes=MIB).collect()
+    size = sum(tensor.nbytes for tensor in got.values())
+    # One piece a file for what is large; torch takes memory for small tensors 2 MiB at a time.
+    small = sum(tensor.nbytes for tensor in got.values() if tensor.nbytes <= MIB)
+    assert fake.stat("mallocs") - mallocs <= 3 + -(-small // (2 * MIB)) + 2
+    assert cuda.max_memory_reserved() - reserved <= size + 12 * MIB
+    assert cuda.memory_reserved() - reserved <= size + 12 * MIB
+    assert all(int(t[0].cpu()) == int(t[-1].cpu()) for t in got.values())
 
 
 def test_everything_is_given_back(start: Start, open_stream: Open, cuda: Any) -> None:

@@ -25,6 +25,7 @@ from tiny_pipelines import PIPELINES, image  # noqa: E402
 import fastload  # noqa: E402
 from fastload import plugins  # noqa: E402
 from fastload.errors import (  # noqa: E402
+    DeviceError,
     DownloadError,
     FormatError,
     PluginError,
@@ -210,7 +211,7 @@ class Moved:
     [
         ({"device": "cpu"}, None),
         ({"device": torch.device("cpu")}, None),
-        ({"device": "cuda:1"}, "cuda:1"),
+        ({"device": "meta"}, "meta"),
         ({"device": "cuda", "device_map": "balanced"}, None),
     ],
 )
@@ -220,6 +221,12 @@ def test_device_moves_what_was_built(zoo: Any, builder: Builder, options: dict[s
     options = {"auto_class": Moved, "subfolder": "unet", **options}
     assert builder.build(arrival, **options).to_device == expected
     assert builder.build(arrival, **options, output_loading_info=True)[0].to_device == expected
+
+
+def test_device_that_is_missing_is_an_error_before_anything_is_built(zoo: Any, builder: Builder) -> None:
+    arrival = builder.arrive(zoo("sd"))
+    with pytest.raises(DeviceError, match="cuda:77"):
+        builder.build(arrival, device="cuda:77")
 
 
 def test_tokenizers_and_configs_name_folders_that_stay(zoo: Any, builder: Builder, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fastload.settings import Settings  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
 from fastload.types import NeedBytes  # noqa: E402
 
-QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]  # those that the package can also write
+QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]  # those that the package can also write
 NUMBERS = np.random.default_rng(0).standard_normal((24, 512)).astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.testbed.models --out DIR --only tiny     llama-tiny-bf16, llama-tiny-bin (8 MB each)
     python -m tests.testbed.models --out DIR --only llama    llama-1b-bf16, llama-1b-single (2.08 GB each)
+    python -m tests.testbed.models --out DIR --only growth   other sizes and cuts (14 GB)
 
 The weights come from the standard library's Mersenne twister, so neither torch nor numpy is needed (except for
 ``llama-tiny-bin``, a pickle that only torch writes). They are spread like trained ones, about 0.02 wide, and do not
@@ -68,7 +69,10 @@ class LlamaShape:
 
 
 TINY = LlamaShape(256, 688, 4, 8, 4, 4096)
+SMALL = LlamaShape(1024, 2816, 3, 16, 8, 16000)
 ONE_B = LlamaShape(2048, 8192, 16, 32, 8, 32000)
+FIVE_B = LlamaShape(4096, 11008, 28, 32, 8, 32000)
+SMALL_FILES = 1000
 
 
 def _bf16(name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
@@ -198,14 +202,29 @@ def _write_tiny_bin(folder: Path) -> None:
     torch.save(state, folder / "pytorch_model.bin")
 
 
+def _write_small_files(folder: Path) -> None:
+    """No model: many files of 1 KB, each of other bytes, as repositories of tokenizers, voices or configs have."""
+    for number in range(SMALL_FILES):
+        (folder / f"f{number:04}.json").write_text(json.dumps({"number": number, "text": "x" * 996}))
+
+
 #: Every model by the name of its folder. llama-tiny-bf16 and llama-1b-bf16 have five shards.
 MODELS: dict[str, Callable[[Path], None]] = {
     "llama-tiny-bf16": lambda folder: _write_llama(folder, "llama-tiny-bf16", TINY, 2_000_000),
     "llama-tiny-bin": _write_tiny_bin,
     "llama-1b-bf16": lambda folder: _write_llama(folder, "llama-1b-bf16", ONE_B, 450_000_000),
     "llama-1b-single": lambda folder: _write_llama(folder, "llama-1b-single", ONE_B, None),
+    "llama-1b-10-shards": lambda folder: _write_llama(folder, "llama-1b-10-shards", ONE_B, 225_000_000),
+    "llama-1b-98-shards": lambda folder: _write_llama(folder, "llama-1b-98-shards", ONE_B, 8_400_000),
+    "llama-100m-bf16": lambda folder: _write_llama(folder, "llama-100m-bf16", SMALL, 25_000_000),
+    "llama-5b-bf16": lambda folder: _write_llama(folder, "llama-5b-bf16", FIVE_B, 2_000_000_000),
+    "small-files": _write_small_files,
 }
-GROUPS = {"tiny": ("llama-tiny-bf16", "llama-tiny-bin"), "llama": ("llama-1b-bf16", "llama-1b-single")}
+GROUPS = {
+    "tiny": ("llama-tiny-bf16", "llama-tiny-bin"),
+    "llama": ("llama-1b-bf16", "llama-1b-single"),
+    "growth": ("llama-1b-10-shards", "llama-1b-98-shards", "llama-100m-bf16", "llama-5b-bf16", "small-files"),
+}
 
 
 def cache_folder() -> Path:
@@ -245,7 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=cache_folder() / "models")
     parser.add_argument("--only", choices=GROUPS, action="append")
     options = parser.parse_args()
-    for group in options.only or GROUPS:
+    for group in options.only or ("tiny", "llama"):
         for name in GROUPS[group]:
             print(make(name, options.out), flush=True)
 

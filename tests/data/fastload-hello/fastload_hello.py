@@ -25,15 +25,24 @@ class Hello:
 
     def parse(self, head):
         line, newline, _ = head.partition(b"\n")
+        if not newline and len(line) < 64:
+            return NeedBytes(len(head) + 1, likely=64)
         try:
             start = len(line) + len(newline)
             stop = start + int(line.removeprefix(MAGIC))
             if len(head) < stop:
                 return NeedBytes(stop)
-            table = json.loads(head[start:stop])
-        except ValueError as e:
+            return [tensor(*row) for row in json.loads(head[start:stop])]
+        except (ValueError, TypeError, RecursionError) as e:
             raise FormatError(f"{self.filename}: not a hello file: {e}") from e
-        return [TensorInfo(name, dtype, tuple(shape), ByteRange(a, b)) for name, dtype, shape, a, b in table]
+
+
+def tensor(name, dtype, shape, start, stop):
+    if not isinstance(name, str) or not isinstance(dtype, str):
+        raise ValueError("a name is no text")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in [*shape, start, stop]):
+        raise ValueError(f"{name} has a shape or an offset that is none")
+    return TensorInfo(name, dtype, tuple(shape), ByteRange(start, stop))
 
 
 def dumps(tensors):

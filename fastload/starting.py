@@ -1,0 +1,75 @@
+"""What happens before a program's first line, because its environment says so.
+
+The wheel brings ``fastload-start.pth``, which Python runs when it starts: it imports this module if ``FASTLOAD_START`` or
+``FASTLOAD_ACCELERATE`` is set, and nothing otherwise.
+
+* ``FASTLOAD_START=org/model,org/other@v1`` begins to fetch these, as :func:`fastload.start` would on the first line.
+* ``FASTLOAD_ACCELERATE=1`` (or names of models) is :func:`fastload.accelerate` for the whole process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from typing import Any
+
+_OFF = ("", "0", "off", "no", "false")
+_ON = ("1", "on", "yes", "true")
+#: Which process has begun the transfers: those that it starts need not.
+_STARTED = "FASTLOAD_STARTED"
+
+_begun = False
+
+
+def begin() -> None:
+    """Do what the environment says, once. Never raises: a program must not fail for what it does not know of."""
+    global _begun
+    if _begun or sys.flags.ignore_environment:
+        return
+    _begun = True
+    environ = os.environ
+    sources = [name.strip() for name in environ.get("FASTLOAD_START", "").split(",") if name.strip()]
+    wanted = environ.get("FASTLOAD_ACCELERATE", "").strip()
+    try:
+        if wanted.lower() not in _OFF or (sources and not wanted):
+            from .dropin import switch_on
+
+            everything = not wanted or wanted.lower() in _ON
+            switch_on(*(() if everything else (name for name in wanted.split(",") if name.strip())))
+        if sources and not _is_started_above(environ.get(_STARTED, "")):
+            environ[_STARTED] = str(os.getpid())
+            _start(sources)
+    except Exception as e:  # nobody has called us, so there is nobody to raise to
+        _log().warning("FASTLOAD_START, FASTLOAD_ACCELERATE: %s: %s", type(e).__name__, e)
+
+
+def _start(sources: list[str]) -> None:
+    from .asking import ask
+    from .errors import FastloadError
+    from .running import begin as begin_transfer
+
+    for source in sources:
+        try:
+            begin_transfer(ask(source))
+        except FastloadError as e:
+            _log().warning("FASTLOAD_START=%s: %s", source, e)
+
+
+def _log() -> Any:
+    from .events import log
+
+    return log
+
+
+def _is_started_above(pid: str) -> bool:
+    """Tell whether the process that this one descends from, and that began the transfers, still runs."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OverflowError, OSError):
+        return False
+    return int(pid) != os.getpid()

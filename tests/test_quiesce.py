@@ -1,0 +1,126 @@
+"""After ``quiesce`` a process holds nothing of a transfer: no child, thread, socket, pipe, lock or open file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import program
+from transfers import write_weights
+
+import fastload
+from fastload.errors import FastloadError
+from fastload.testing import Fault, Hub
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+#: Looks at the process from the inside, before and after.
+LOOK = """
+import json, os, sys, fastload
+from pathlib import Path
+
+def look():
+    me = Path('/proc/self')
+    threads = {(t / 'comm').read_text().strip() for t in me.glob('task/*')}
+    names = [t.name for t in __import__('threading').enumerate()]
+    links = []
+    for fd in os.listdir(me / 'fd'):
+        try:
+            links.append(os.readlink(me / 'fd' / fd))
+        except OSError:  # the listing's own
+            pass
+    inodes = {l.split()[1] for l in Path('/proc/locks').read_text().splitlines()
+              if len(l.split()) > 4 and l.split()[4] == str(os.getpid())}
+    children = ' '.join((t / 'children').read_text() for t in me.glob('task/*')).split()
+    return {'names': sorted(names), 'links': sorted(l for l in links if l != '/dev/null'), 'locks': sorted(inodes),
+            'children': children}
+"""
+
+
+def run(code: str, *arguments: str, **environ: str) -> Any:
+    with program(LOOK + code, *arguments, environ=environ) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def hub(make_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    weights = write_weights(tmp_path / "model.safetensors")
+    hub: Hub = make_hub({"org/m": {"config.json": b"{}", "model.safetensors": weights.read_bytes()}})
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    return hub
+
+
+@pytest.mark.parametrize("process", ["0", "1"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "kept = fastload.load_tensors('org/m')",
+        "kept = fastload.prefetch('org/m')",
+        "kept = fastload.start('org/m')",
+        "fastload.start('org/m'); kept = fastload.load_tensors('org/m')",
+        "import asyncio; kept = asyncio.run(fastload.aload_tensors('org/m'))",
+        "kept = [fastload.load_tensors('org/m') for _ in range(3)]",
+    ],
+)
+def test_nothing_is_left_at_work(work: str, process: str, hub: Hub):
+    code = f"""
+import torch, asyncio
+asyncio.run(asyncio.sleep(0))
+before = look()
+{work}
+fastload.quiesce()
+with_it = look()
+del kept
+print(json.dumps([before, with_it, look()]))
+"""
+    before, with_it, after = run(code, FASTLOAD_PROCESS=process)
+    assert after == before
+    # Tensors lie on a mapping, and Python's mmap keeps the mapped file open.
+    with_it["links"] = [link for link in with_it["links"] if "/blobs/" not in link]
+    assert with_it == before
+
+
+def test_a_transfer_that_does_not_end_is_named(hub: Hub):
+    hub.script(Fault("hold", path="model.safetensors"))
+    running = fastload.start("org/m", settings={"stall_s": 60})
+    try:
+        with pytest.raises(FastloadError, match=r"1 transfers are still under way after 0.1 s: org/m"):
+            fastload.quiesce(timeout_s=0.1)
+    finally:
+        running.cancel()
+    fastload.quiesce()
+
+
+def test_with_nothing_at_work_it_returns_at_once():
+    fastload.quiesce()
+    fastload.quiesce(timeout_s=0)
+
+
+def test_a_transfer_under_way_is_waited_for(hub: Hub):
+    running = fastload.start("org/m")
+    fastload.quiesce()
+    assert running.done
+    before = len(hub.requests)
+    assert fastload.load_tensors("org/m")  # and can be joined as before
+    assert len(hub.requests) == before
+
+
+def test_after_a_fork_the_parents_transfers_are_not_waited_for(hub: Hub):
+    hub.script(Fault("hold", path="model.safetensors"))
+    code = """
+running = fastload.start('org/m')
+pid = os.fork()
+if pid == 0:
+    fastload.quiesce(timeout_s=0)
+    os._exit(0)
+status = os.waitpid(pid, 0)[1]
+running.cancel()
+fastload.quiesce()
+print(json.dumps(status))
+"""
+    assert run(code, FASTLOAD_STALL_S="60") == 0
