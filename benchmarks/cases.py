@@ -72,8 +72,8 @@ _COLD = (
     ),
     Case(
         "cold_llama_250",
-        "As cold_llama, but a connection gets 31.25 MB/s, and so 8 connections 250 MB/s."
-        " huggingface_hub fetches 8 files at once, each over one connection: of the 5 shards here 156 MB/s",
+        "As cold_llama, but a connection gets 31.25 MB/s, and so the 8 of curl 250 MB/s. fastload takes up to 16, for each"
+        " brings more; huggingface_hub fetches 8 files at once, each over one: of the 5 shards here 156 MB/s",
         ("fastload_load", "from_pretrained", "curl"),
         _READY,
         LLAMA,
