@@ -64,8 +64,8 @@ class Fetcher:
             url = self._url(download, base)
             try:
                 await self._http.fetch(url, span, fill, size=download.size, check=self._checker(download, base))
-            except asyncio.CancelledError:  # given up as too slow, perhaps: let others be asked first
-                self.mirrors.delivered(base, fill.filled_bytes - before, self._events.clock() - started_s)
+            except asyncio.CancelledError:  # given up as too slow, perhaps: it rests, and others are asked first
+                self.mirrors.failed(base)
                 raise
             except RangeIgnored:
                 download.ignores_ranges.add(base)

@@ -78,6 +78,21 @@ async def test_the_rest_of_a_range_on_a_crawling_connection_comes_over_another(m
     assert asked(hub, LARGE)["cdn 206"] == 17 + 1
 
 
+async def test_a_mirror_whose_connection_crawls_counts_as_failing(
+    make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from fastload.mirrors import Mirrors
+
+    failed: list[str] = []
+    real = Mirrors.failed
+    monkeypatch.setattr(Mirrors, "failed", lambda self, url, rest_s=None: (failed.append(url), real(self, url, rest_s)))
+    hub = make_hub({"org/m": MODEL})
+    hub.script(Fault("hold", path=LARGE, skip=8, times=1, after_bytes=1000))
+    outcome = await fetch(tmp_path, hub.endpoint, stall_s=60.0)
+    assert outcome.error is None, outcome.error
+    assert failed == [hub.endpoint]
+
+
 async def test_a_small_file_on_a_crawling_connection_comes_over_another(make_hub: MakeHub, tmp_path: Path):
     files = {**MODEL, **{f"{n}.json": noise(1000, n) for n in range(6)}}
     hub = make_hub({"org/m": files})
