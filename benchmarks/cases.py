@@ -97,6 +97,31 @@ _COLD = (
     ),
 )
 
+#: The ways to start that are ours; a goal is about the one that is ready first.
+STARTERS = ("fastload_exec", "fastload_start")
+#: The ways to build what is in the cache already.
+HOT = ("fastload_hot", "from_pretrained_hot")
+
+
+def _cold_start(model: Model, short: str, megabytes_per_s: int) -> Case:
+    return Case(
+        f"cold_start_{short}_{megabytes_per_s}",
+        f"{_FROM_PROCESS} the model is ready, cache empty, {megabytes_per_s:,} MB/s for all connections together: against"
+        " the slower of its two parts, imports and build alone, and the download alone",
+        (*STARTERS, *HOT, "curl", "from_pretrained"),
+        _READY,
+        model,
+        link_bytes_per_s=megabytes_per_s * 10**6,
+        repeats=3,
+    )
+
+
+_COLD_START = tuple(
+    _cold_start(model, short, rate)
+    for model, short in ((MINILM, "minilm"), (LLAMA, "llama"))
+    for rate in (100, 250, 1000)
+)
+
 _WIRE = (
     Case(
         "wire_llama",
@@ -257,7 +282,7 @@ _START = (
     ),
 )
 
-CASES = (*_COLD, *_WIRE, *_FLOORS, *_RIVALS, *_GROWTH, *_START)
+CASES = (*_COLD, *_COLD_START, *_WIRE, *_FLOORS, *_RIVALS, *_GROWTH, *_START)
 
 
 def find(names: Sequence[str]) -> list[Case]:

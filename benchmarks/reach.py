@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from fastload.settings import Settings
 
-from .records import Results
+from .cases import CASES, HOT, STARTERS
+from .records import Record, Results
 
 MIB = 1 << 20
 #: What a transfer may take: the ring, and so much beside it.
@@ -45,6 +47,34 @@ def of_the_fastest(results: Results) -> float | None:
     """Return our time over that of the fastest way to load that is not ours."""
     others = [n for n in results.runs if not results.is_reference(n) and not n.startswith("fastload")]
     return max((results.ratio(name).median for name in others), default=None)
+
+
+def of_the_slower_part(results: Results) -> float | None:
+    """Return a cold start's time over the longer of imports and build alone, and the download alone; see :func:`_starters`."""
+    return min(_starters(results))[0] if _starters(results) else None
+
+
+def first_weight_s(results: Results) -> float | None:
+    """Return when the hub was asked for the first weights by the one whose time :func:`of_the_slower_part` gives."""
+    return results.median(min(_starters(results))[1], _first_weight_s) if _starters(results) else None
+
+
+def _starters(results: Results) -> list[tuple[float, str]]:
+    """Return of each way to start that is ours its ratio, the median of the rounds, and its name.
+
+    Of the ways to build that were measured the faster one counts, in each round.
+    """
+    starters, built = ([name for name in names if name in results.runs] for names in (STARTERS, HOT))
+    if not built or "curl" not in results.runs:
+        return []
+    times = {name: list(map(results.seconds, results.runs[name])) for name in (*starters, *built, "curl")}
+    builds = map(min, zip(*(times[name] for name in built), strict=True))
+    least = [max(build, wire) for build, wire in zip(builds, times["curl"], strict=True)]
+    return [(median(mine / part for mine, part in zip(times[name], least, strict=True)), name) for name in starters]
+
+
+def _first_weight_s(record: Record) -> float | None:
+    return record.get("first_weight_s")
 
 
 def floor_s(results: Results) -> float | None:
@@ -126,6 +156,19 @@ def _curl(case: str) -> Goal:
     return Goal("A", "wire-bound: time, against bare curl", (case,), against("curl"), 1.05)
 
 
+def _cold_start(case: str) -> tuple[Goal, Goal]:
+    return (
+        Goal(
+            "I",
+            "cold start: time, against the slower of imports + build and the download",
+            (case,),
+            of_the_slower_part,
+            1.1,
+        ),
+        Goal("I", "cold start: first weights asked for, s after the process started", (case,), first_weight_s, 0.5),
+    )
+
+
 def _memory_goal(case: str) -> Goal:
     text = "memory beyond the model's own and the imports', MiB"
     return Goal("F", text, (case,), _extra_mib, MOST_BYTES / MIB, ".0f")
@@ -156,6 +199,7 @@ GOALS = (
         450,
         ".0f",
     ),
+    *(goal for case in CASES if case.name.startswith("cold_start_") for goal in _cold_start(case.name)),
 )
 
 

@@ -203,7 +203,7 @@ def _notes(results: Results) -> Iterator[str]:
     if results.bytes:
         yield from _winners(results)
     if any(map(results.is_reference, results.runs)):
-        yield "In italics: limits, for comparison; they load no model."
+        yield "In italics: limits, for comparison; no way to load a model from a hub."
     yield "How to read the columns: [benchmarks/README.md](../README.md)."
 
 

@@ -52,7 +52,7 @@ class Bench:
         folders: By name of the model, where its files lie.
         root: Holds the caches, one a run, on the disk that ``~/.cache`` is on.
         settle: Brings memory into the state that every run starts from.
-        filled: By name of the model, a cache that holds it; empty where caches start empty.
+        filled: By name of the model, a cache that holds it; empty where nobody needs one.
     """
 
     case: Case
@@ -70,8 +70,9 @@ class Bench:
         """
         with tempfile.TemporaryDirectory(prefix="run-", dir=self.root) as name:
             scratch = Path(name)
-            home = self.filled[model.name] if model and self.filled else scratch / "home"
-            self._prepare(model, home)
+            cache = "hot" if rival.hot else self.case.cache
+            home = self.filled[model.name] if model and cache != "empty" else scratch / "home"
+            self._prepare(model, home, cache)
             if self.served is None:
                 return self._measure(rival, model, scratch, home)[0]
             mark, cpu_s = self.served.mark(), self.served.cpu_s()
@@ -82,21 +83,21 @@ class Bench:
                 _check_files(home, self.folders[model.name])
             return record
 
-    def _prepare(self, model: Model | None, home: Path) -> None:
+    def _prepare(self, model: Model | None, home: Path, cache: str) -> None:
         """Bring every run to the same start: what is served in the page cache, nothing waiting to be written."""
         served = served_files(self.folders[model.name]) if model else []
         memory.read(served)
         os.sync()
-        if self.filled:
-            cached = _blobs(home)
-            if self.case.cache == "hot":
-                memory.read(cached)
-            else:
-                memory.drop(cached)
+        cached = [] if cache == "empty" else _blobs(home)
+        if cache == "hot":
+            memory.read(cached)
+        else:
+            memory.drop(cached)
         self.settle()
-        if memory.resident_share(served) < 0.99:  # settling may have taken some of it away
-            memory.read(served)
-        if self.filled and self.case.cache == "cold" and (share := memory.resident_share(cached)) > 0.01:
+        for files in (served, cached) if cache == "hot" else (served,):
+            if memory.resident_share(files) < 0.99:  # settling may have taken some of it away
+                memory.read(files)
+        if cache == "cold" and (share := memory.resident_share(cached)) > 0.01:
             raise RunFailed(
                 f"{share:.0%} of the cached model stayed in the page cache: is its disk a memory file system?"
             )
@@ -106,9 +107,11 @@ class Bench:
         job = self._job(model, home)
         result, taken = scratch / "result.json", scratch / "taken.json"
         own = [sys.executable, "-m", "benchmarks.contender", rival.name, json.dumps(job), str(result)]
-        command = [sys.executable, "-m", "benchmarks.supervise", str(taken), *(rival.command(job) or own)]
+        ran = rival.command(job) or [*rival.launcher(job), *own]
+        command = [sys.executable, "-m", "benchmarks.supervise", str(taken), *ran]
+        environ = _environ(self.served, home) | ({"HF_HUB_OFFLINE": "1"} if rival.hot else {})
         with open(scratch / "output", "w+b") as output:
-            status = _run(command, _environ(self.served, home), output.fileno())
+            status = _run(command, environ, output.fileno())
             output.seek(0)
             said = output.read().decode(errors="replace")
         if status:
@@ -129,7 +132,7 @@ class Bench:
         files = served_files(folder)
         job |= model.job | {"store": self.served.store_url, "sizes": [file.stat().st_size for file in files]}
         job["weights"] = [file.relative_to(folder).as_posix() for file in files]
-        job["folder"] = str(next(home.glob("hub/*/snapshots/*"))) if self.filled else None
+        job["folder"] = next(map(str, home.glob("hub/*/snapshots/*")), None)
         return job
 
 
@@ -226,7 +229,8 @@ def measure(case: Case, say: Callable[[str], None], settle: Callable[[], None], 
         folders = {m.name: m.folder(scratch) for m in models}
         net = stack.enter_context(link.opened(case.link_bytes_per_s)) if models else None
         served = stack.enter_context(serving(case, folders, present)) if models else None
-        filled = stack.enter_context(_filled(models, served, root)) if served and case.cache != "empty" else {}
+        warm = case.cache != "empty" or any(rival.hot for rival in present)
+        filled = stack.enter_context(_filled(models, served, root)) if served and warm else {}
         yield {**_header(case, found, root, folders), "link": asdict(net) if net else None, **about}
         yield from _rounds(Bench(case, served, folders, root, settle, filled), present, say)
 

@@ -22,6 +22,8 @@ from .settings import Settings
 
 #: Guessed: three descriptors each; the usual limit of a process is 1024.
 _OPEN_DOWNLOADS = 96
+#: Guessed, as above. They stay open so that no reader is the last to close their journals.
+_PUBLISHED_OPEN = 96
 #: Guessed: how often to look whether another process has finished with a file.
 _FOREIGN_POLL_S = 0.05
 
@@ -30,8 +32,8 @@ class Delivery:
     """One transfer at work. Use once, from one event loop.
 
     Attributes:
-        published: Large files that this transfer put into the cache, to be made safe from power cuts. (A small one
-            is hashed each time: cheaper than to wait for the disk a thousand times.)
+        published: Large files that this transfer put into the cache, to be made safe from power cuts, and closed. (A
+            small one is hashed each time: cheaper than to wait for the disk a thousand times.)
         found: Large files that the cache had already.
     """
 
@@ -79,8 +81,10 @@ class Delivery:
                     self._landing.start(group)
                 if self._wishes is not None:
                     group.create_task(self._wishes.end_when_idle(self._sleep))
+        except BaseException:
+            await self._pools.off(close_all, downloads)
+            raise
         finally:
-            await self._pools.off(_close_all, downloads)
             self._landing.close()
 
     # -- one file ----------------------------------------------------------------------------------------------------
@@ -101,6 +105,8 @@ class Delivery:
             else:
                 final = await self._large(download)
                 self.published.append((download, final[download.paths[0]]))
+                if len(self.published) > _PUBLISHED_OPEN:
+                    await self._pools.off(self.published[-_PUBLISHED_OPEN - 1][0].close)
         for path, place in final.items():
             self._events.emit("file.verified", file=path, bytes=download.size)
             self._emit({"kind": "ready", "file": path, "final": str(place)})
@@ -212,6 +218,7 @@ class Delivery:
         self._landing.more()
 
 
-def _close_all(downloads: list[Download]) -> None:
+def close_all(downloads: list[Download]) -> None:
+    """Close *downloads*. Blocks."""
     for download in downloads:
         download.close()

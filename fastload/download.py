@@ -303,7 +303,8 @@ class Download:
     # -- publishing (threads) ----------------------------------------------------------------------------------------
 
     def publish(self) -> dict[str, Path]:
-        """Give the verified file its final name; return where each path of the snapshot is now."""
+        """Give the verified file its final name; return where each path of the snapshot is now. Close it when nobody
+        waits: the last to close the journal waits for the disk (measured: 3 to 50 ms beside a sync)."""
         journal = self._open_journal()
         with translated(self.paths[0], self.size):
             if journal.head is not None:
@@ -312,7 +313,7 @@ class Download:
             journal.finish(State.VERIFIED)
             self.journal_path.unlink(missing_ok=True)
         self._cache.stamp(self.digest, final[self.paths[0]], synced=False)
-        self.close()
+        self.unlock()
         return final
 
     def publish_bytes(self, data: memoryview) -> dict[str, Path]:

@@ -26,15 +26,24 @@ from types import ModuleType
 from typing import Any
 
 from .asking import Asked
-from .cache import RepoCache, is_in_flight
-from .errors import AccessError, FastloadError, FastloadWarning, IntegrityError, NotFoundError, SettingsError
-from .inflight import check_digest
+from .errors import (
+    AccessError,
+    FastloadError,
+    FastloadWarning,
+    IntegrityError,
+    NotFoundError,
+    RefusedFileError,
+    SettingsError,
+    SourceChangedError,
+    from_record,
+    to_record,
+)
 from .interception import AfterImport, rebind
 from .ondemand import OnDemand, Transfers, asked_for, end_all
+from .plainway import checked
 from .plan import is_weight
-from .readers import reads_by_safe_open
-from .router import is_named
-from .types import Digest
+from .readers import lets_os_errors_through, reads_by_safe_open
+from .settled import Place
 
 _MODULE, _NAME = "huggingface_hub.file_download", "_hf_hub_download_to_cache_dir"
 #: What the function takes, in huggingface_hub 1.31 to 2.4. Those that are read here:
@@ -178,17 +187,37 @@ def _download(real: Any, module: ModuleType, args: tuple[Any, ...], kwargs: dict
     """Put the file into its place if we can, then do what the real function does."""
     if getattr(_local, "plain", False):  # asked for by ourselves
         return real(*args, **kwargs)
-    started_s = time.time()
     try:
-        if not args and _is_ours(kwargs, module):
-            _prepare(real, module, kwargs)
+        return _fetch(real, module, args, kwargs)
+    except IntegrityError as e:
+        if not lets_os_errors_through(str(kwargs.get("repo_id"))):
+            raise
+        raise from_record({**to_record(e), "type": RefusedFileError.__name__}) from e
+
+
+def _fetch(real: Any, module: ModuleType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    started_s = time.time()
+    if kwargs.keys() >= _READ:
+        early = _unless_odd(kwargs, lambda: not args and _is_ours(kwargs, module) and _prepare(real, module, kwargs))
+        if not early and not kwargs["dry_run"] and kwargs["repo_type"] in (None, "model"):
+            _unless_odd(kwargs, lambda: Place(kwargs).land())
+    else:
+        _warn(f"huggingface_hub asks without arguments that it had ({', '.join(sorted(_READ - kwargs.keys()))})")
+    return checked(lambda: real(*args, **kwargs), str(kwargs.get("filename")), started_s, _warn)
+
+
+def _unless_odd(kwargs: Mapping[str, Any], step: Callable[[], Any]) -> Any:
+    """Do *step*, and return what it returns; where it cannot be done, the real function's own way stays open."""
+    try:
+        return step()
+    except SourceChangedError as e:  # the real one takes what is there now
+        _warn(f"{kwargs['repo_id']}/{kwargs['filename']}: {e.message}")
     except IntegrityError:
         raise
     except (NotFoundError, AccessError):  # the real one has its own words for it
         pass
-    except Exception as e:  # another library's arguments and files: whatever is odd here, its own way stays open
-        _warn(f"{kwargs.get('repo_id')}/{kwargs.get('filename')}: {type(e).__name__}: {e}")
-    return _checked(lambda: real(*args, **kwargs), kwargs, started_s)
+    except Exception as e:  # another library's arguments and files: whatever is odd here
+        _warn(f"{kwargs['repo_id']}/{kwargs['filename']}: {type(e).__name__}: {e}")
 
 
 def _plainly(real: Any, kwargs: Mapping[str, Any]) -> Path:
@@ -203,8 +232,8 @@ def _plainly(real: Any, kwargs: Mapping[str, Any]) -> Path:
 def _is_ours(kwargs: Mapping[str, Any], module: ModuleType) -> bool:
     """Tell whether fastload does what these arguments ask for."""
     unknown = kwargs.keys() - _KNOWN
-    if unknown or not kwargs.keys() >= _READ:
-        _warn(f"huggingface_hub asks with other arguments ({', '.join(sorted(unknown or _READ - kwargs.keys()))})")
+    if unknown:
+        _warn(f"huggingface_hub asks with other arguments ({', '.join(sorted(unknown))})")
         return False
     if kwargs["force_download"] or kwargs["local_files_only"] or kwargs["dry_run"]:
         return False
@@ -223,13 +252,16 @@ def _has_own_client() -> bool:
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> None:
-    """Bring the file where the real function looks for it, complete or in flight."""
-    if _is_settled(kwargs):
-        return
+def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> bool:
+    """Bring the file where the real function looks for it, complete or, then True, in flight."""
     path, repo = kwargs["filename"], kwargs["repo_id"]
-    asked = _asked(module, kwargs)
     reader = reads_by_safe_open(repo)
+    place = Place(kwargs)
+    if place.flying() is not None and reader:
+        return True
+    if place.settled:
+        return False
+    asked = _asked(module, kwargs)
     transfer = _state.transfers.started(asked, path)
     if transfer is None and is_weight(path):
         transfer = _state.transfers.begin(asked)
@@ -238,21 +270,22 @@ def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> None:
         if transfer is None or not transfer.known:
             if reader:  # its weights will be asked for: let the process start, and the hub list them, meanwhile
                 _state.transfers.begin(asked)
-            return
+            return False
     snapshot = transfer.snapshot()
     if not transfer.has(path):
-        return
+        return False
     symlinks = asked.settings.symlinks
     size = transfer.size(path)
     if reader and symlinks and path.endswith(".safetensors") and size > _LEAST_IN_FLIGHT_BYTES:
         pinned = {**kwargs, "revision": snapshot.commit}
         try:
-            if transfer.give(path, lambda: _plainly(real, pinned)):
-                return
+            if transfer.give(path, lambda over: _plainly(real, {**pinned, "force_download": over}), _warn):
+                return True
         except OSError as e:
             if isinstance(e, FastloadError):
                 raise
     _deliver(transfer, asked, path, size, kwargs["tqdm_class"])
+    return False
 
 
 def _deliver(transfer: OnDemand, asked: Asked, path: str, size: int, tqdm_class: Any) -> None:
@@ -294,46 +327,3 @@ def _asked(module: ModuleType, kwargs: Mapping[str, Any]) -> Asked:
         token=authorization.removeprefix("Bearer ") or None,
         symlinks=not module.constants.HF_HUB_DISABLE_SYMLINKS,
     )
-
-
-def _is_settled(kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether the cache knows already where the file is (in flight counts), or that there is none."""
-    cache, path = RepoCache(Path(kwargs["cache_dir"]), kwargs["repo_id"]), kwargs["filename"]
-    commit = cache.read_ref(str(kwargs["revision"]))
-    if commit is None:
-        return False
-    pointer = cache.snapshot_path(commit) / path
-    if is_in_flight(pointer) and not is_named(
-        pointer
-    ):  # of a process that crashed: its number may mean another file here
-        pointer.unlink(missing_ok=True)
-    return pointer.exists() or cache.lacks(commit, path)
-
-
-# -- what came the plain way ------------------------------------------------------------------------------------------
-
-
-def _checked(plain: Callable[[], Any], kwargs: Mapping[str, Any], started_s: float) -> Any:
-    """Return what *plain* returns; a file that it downloaded is hashed, and fetched once more if it is wrong."""
-    result = plain()
-    try:
-        _check(result, started_s)
-        return result
-    except IntegrityError as e:
-        _warn(f"{kwargs.get('filename')}: {e.message}")
-    result = plain()
-    _check(result, started_s)
-    return result
-
-
-def _check(result: Any, started_s: float) -> None:
-    if not isinstance(result, str) or is_in_flight(Path(result)):
-        return
-    blob = Path(os.path.realpath(result))
-    try:
-        digest = Digest.parse(blob.name) if blob.parent.name == "blobs" else None
-        fresh = blob.stat().st_ctime >= started_s - 1  # a second: clocks of file systems are coarse
-    except (ValueError, OSError):  # a hub whose ETags are no digests; a file that somebody else has removed
-        return
-    if fresh:
-        check_digest(Path(result), Path(result).name, digest)

@@ -16,7 +16,7 @@ from typing import Any
 
 from .athand import by_blob, manifest_message
 from .cache import RepoCache
-from .delivery import Delivery
+from .delivery import Delivery, close_all
 from .download import Download
 from .errors import CacheError, FastloadError, OfflineError, to_record
 from .events import Events, log
@@ -50,6 +50,7 @@ class Engine:
         self._sleep = sleep
         self.events = Events([lambda event: emit({"kind": "event", "event": event.to_record()})])
         self._published: list[tuple[Download, Path]] = []
+        self._open: list[Download] = []
         self._found: list[Path] = []
         self._spare = True
         self._wishes: Wishes | None = None
@@ -84,6 +85,8 @@ class Engine:
             except FastloadError as e:
                 self._emit({"kind": "failed", "error": to_record(e)})
                 raise
+            finally:
+                await pools.off(close_all, self._open)  # see Download.close
 
     async def read_ahead(self) -> None:
         """After :meth:`run`: bring the weights that were in the cache, but not in memory, there before a framework asks.
@@ -159,6 +162,7 @@ class Engine:
         )  # fmt: skip
         await delivery.run(downloads)
         self._found = delivery.found
+        self._open = [download for download, _ in delivery.published]
         if writable:
             self._published = delivery.published
         if writable and self._wishes is None:

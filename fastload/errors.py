@@ -14,7 +14,8 @@
     │  │  └─ RangeError               another range than the one asked for
     │  └─ AllMirrorsFailedError       lists every attempt: mirror, seconds, reason
     ├─ IntegrityError                 the bytes arrived and are wrong; .file .expected .actual .mirror
-    │  └─ SourceChangedError          size, digest or commit changed during the download
+    │  ├─ SourceChangedError          size, digest or commit changed during the download
+    │  └─ RefusedFileError            under accelerate(), in transformers' own code (+ OSError)
     ├─ FormatError                    a weight file cannot be read: header, offsets, dtype, missing shard
     ├─ CacheError                     disk full, lock, permission (+ OSError)
     ├─ DeviceError                    pinning, copy, out of memory
@@ -193,6 +194,10 @@ class IntegrityError(FastloadError):
 
 class SourceChangedError(IntegrityError):
     """Size, digest or commit changed while the download ran."""
+
+
+class RefusedFileError(IntegrityError, OSError):
+    """As :class:`IntegrityError`, for callers that let no other error through than an :class:`OSError` (transformers)."""
 
 
 class FormatError(FastloadError):

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from .cache import in_flight_link
-from .digest import Hasher, mismatch
-from .errors import FastloadError, FastloadWarning, FormatError, IntegrityError
+from .cache import in_flight_fd, in_flight_link
+from .errors import FastloadError, FormatError, IntegrityError
+from .plainway import PIECE_BYTES
 from .router import ArrivingTensors, Handle, Route, real_safe_open, routed
-from .served import duplicate, inode
+from .served import FIRST_FD, duplicate, inode
 from .supply import Supply
 from .transfer import Transfer
-from .types import Digest
 from .weightfile import TensorSlice, WeightFile
 
 if TYPE_CHECKING:
     import torch
 
-#: Measured for other hashes of this package: larger pieces cost nothing extra.
-_PIECE_BYTES = 16 << 20
+#: Guessed: over how many numbers the descriptors of files are spread. The usual limit of a process is 1024.
+_FDS = 100
 
 
 class InFlight(Route):
     """One file behind a link that only this process can follow, until it is verified. Thread-safe.
 
     The last tensor that is taken waits until the file is verified; so does closing a handle that tensors were taken from.
+    If it fails for good, the path stays what it was until a reader has heard why: whoever was given it may be about to look
+    whether it exists, and would take another file, or tell another story.
 
     Args:
         pointer: Where the file will stand, and the link stands meanwhile.
         plain: Fetches the file as it would have been fetched without us, and returns where it is.
+        warn: Called with what has gone another way.
+        heard: Called with each error that a reader gets.
 
     Attributes:
         failure: Why neither way brought it.
@@ -48,12 +51,17 @@ class InFlight(Route):
         supply: Supply,
         pointer: Path,
         plain: Callable[[], Path],
+        *,
+        warn: Callable[[str], object],
+        heard: Callable[[Exception], object],
     ) -> None:
         super().__init__(file, supply)
         self.failure: Exception | None = None
+        self.heard = heard
         self._transfer = transfer
         self._pointer = pointer
         self._plain = plain
+        self._warn = warn
         self._lock = threading.RLock()
         self._closing = threading.Lock()
         self._taken: set[str] = set()
@@ -66,26 +74,37 @@ class InFlight(Route):
 
         Raises:
             FastloadError: The transfer failed.
-            OSError: This filesystem has no links.
+            OSError: This filesystem has no links; or another process's link is there, and its number is taken here.
         """
-        self._fd = duplicate(self.file.view.open())
+        self._pointer.parent.mkdir(parents=True, exist_ok=True)
+        linked = in_flight_fd(self._pointer)
+        self._fd = duplicate(self.file.view.open(), self._number() if linked is None else linked)
         self._stack.callback(os.close, self._fd)
-        table, names = {inode(self._fd): self}, {str(self._pointer): self}
         try:
+            if linked not in (None, self._fd):
+                raise FileExistsError(f"{self._pointer} is a link of another process")
+            table, names = {inode(self._fd): self}, {str(self._pointer): self}
             self._stack.enter_context(routed(table, names))
-            self._pointer.parent.mkdir(parents=True, exist_ok=True)
-            self._link()
+            if linked is None:
+                self._link()
         except BaseException:
             self._stack.close()
             raise
 
+    def _number(self) -> int:
+        """Return which descriptor the file should have: the same in every process that reads it meanwhile.
+
+        They share the place of the link, and it must lead each of them to the same file, or nowhere.
+        """
+        digest = self._transfer.digests.get(self.file.path)
+        return FIRST_FD + zlib.crc32(str(digest or self.file.path).encode()) % _FDS
+
     def _link(self) -> None:
-        if os.path.islink(self._pointer) and not os.path.exists(self._pointer):  # a crash left it
-            self._pointer.unlink(missing_ok=True)
         try:
             os.symlink(in_flight_link(self._fd), self._pointer)
-        except FileExistsError:  # published this moment; or a file that somebody knows more of than we do
-            pass
+        except FileExistsError:  # published this moment, or another process was faster
+            if in_flight_fd(self._pointer) not in (None, self._fd):
+                raise
 
     def settled(self) -> bool:
         """Tell whether nothing more will happen to the file."""
@@ -94,15 +113,23 @@ class InFlight(Route):
     def close(self) -> None:
         """Let go of the file; if it is not there by now, no link to it stays. Handles stay usable."""
         with self._closing:  # not the other lock, under which somebody may be downloading
-            self._unlink()
+            self.unlink()
             self._stack.close()
 
-    def _unlink(self) -> None:
+    def unlink(self) -> None:
+        """Take the link away, if it is there. Who was given its path gets to the file by its name."""
         try:
             if self._fd >= 0 and os.readlink(self._pointer) == in_flight_link(self._fd):
                 self._pointer.unlink()
         except OSError:  # it is the file's own by now
             pass
+
+    def forked(self) -> None:
+        """As :meth:`Route.forked`: the link must lead nowhere here."""
+        self._stack.pop_all()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -113,17 +140,24 @@ class InFlight(Route):
     def wait_verified(self) -> Path:
         """As :meth:`Route.wait_verified`; falls back to the plain way."""
         try:
-            return self.file.wait_verified()
-        except FastloadError as e:
-            return self.rescue(e)
+            try:
+                return self.file.wait_verified()
+            except FastloadError as e:
+                return self.rescue(e)
+        except Exception as e:  # whatever the plain way raises
+            self.heard(e)
+            raise
 
     def take(self, name: str) -> None:
         """Tensor *name* is being handed out.
 
         Raises:
             IntegrityError: It was the last one, and the file is not what it should be.
+            FastloadError: The plain way has been gone: nobody compares any more what landed on ours.
         """
         with self._lock:
+            if self._final is not None or self.failure is not None:
+                raise FastloadError(f"{self.file.path} came another way")
             self._taken.add(name)
             last = len(self._taken) == len(self.file.tensors())
         if last:
@@ -144,7 +178,8 @@ class InFlight(Route):
         """Fetch the file the plain way, once, because ours failed with *error*; return its path, verified.
 
         Raises:
-            IntegrityError: The bytes are wrong whatever the way, or others than those that were handed out.
+            IntegrityError: The bytes are wrong whatever the way, or others than those that were handed out; or those of a
+                file that was asked for with this one, and ended the transfer.
             Exception: What the plain way raises.
         """
         with self._lock:
@@ -153,16 +188,10 @@ class InFlight(Route):
             if self.failure is not None:
                 raise self.failure
             try:
-                if isinstance(error, IntegrityError) and error.file in (None, self.file.path):
+                if isinstance(error, IntegrityError):
                     raise error
-                self._unlink()
-                warnings.warn(
-                    f"fastload: {self.file.path}: {type(error).__name__}: {error.message}; it is downloaded the plain way",
-                    FastloadWarning,
-                    stacklevel=3,
-                )
+                self._warn(f"{self.file.path}: {type(error).__name__}: {error.message}")
                 final = self._plain()
-                check_digest(final, self.file.path, self._transfer.digests.get(self.file.path))
                 self._compare(final)
             except Exception as e:  # somebody else's code, whose errors every reader must get
                 self.failure = e
@@ -175,32 +204,14 @@ class InFlight(Route):
         with open(final, "rb") as f:
             for name in self._taken:
                 span = self.file.info(name).span
-                for start in range(span.start, span.stop, _PIECE_BYTES):
-                    count = min(_PIECE_BYTES, span.stop - start)
+                for start in range(span.start, span.stop, PIECE_BYTES):
+                    count = min(PIECE_BYTES, span.stop - start)
                     if os.pread(self._fd, count, start) != os.pread(f.fileno(), count, start):
                         raise IntegrityError(
                             f"{self.file.path}: tensor {name!r} was handed out with wrong bytes",
                             file=self.file.path,
                             hint="load again: the cache now holds the verified file",
                         )
-
-
-def check_digest(path: Path, name: str, digest: Digest | None) -> None:
-    """Hash *path*, and remove it if it is not *digest*; harmless where nobody knows what it should be.
-
-    Raises:
-        IntegrityError: It is not.
-    """
-    if digest is None:
-        return
-    hasher = Hasher(digest, os.path.getsize(path))
-    with open(path, "rb") as f:
-        while piece := f.read(_PIECE_BYTES):
-            hasher.update(piece)
-    if not hasher.matches():
-        Path(os.path.realpath(path)).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise mismatch(name, digest, hasher.actual, "the plain way", final=True)
 
 
 class GuardedHandle(Handle):
@@ -221,15 +232,19 @@ class GuardedHandle(Handle):
 
     def guarded(self, ours: Callable[[], Any], plain: Callable[[Any], Any]) -> Any:
         """Return ``ours()``; if our way fails, ``plain(handle)`` with a handle of the file that came the plain way."""
-        if self._plain is None:
-            try:
-                return ours()
-            except (IntegrityError, FormatError):
-                raise
-            except FastloadError as e:
-                framework, device = self._how
-                self._plain = real_safe_open()(self._route.rescue(e), framework=framework, device=device)
-        return plain(self._plain)
+        try:
+            if self._plain is None:
+                try:
+                    return ours()
+                except (IntegrityError, FormatError):
+                    raise
+                except FastloadError as e:
+                    framework, device = self._how
+                    self._plain = real_safe_open()(self._route.rescue(e), framework=framework, device=device)
+            return plain(self._plain)
+        except Exception as e:  # whatever the plain way raises
+            self._route.heard(e)
+            raise
 
     def take(self, name: str, index: Any) -> torch.Tensor:
         """Return what *index* selects of tensor *name*."""

@@ -213,7 +213,7 @@ def start(
 @asynccontextmanager
 async def _aloading(asked: Asked, *, settle: bool = False) -> AsyncIterator[Loading]:
     """As :func:`_loading`, with the engine in the running loop."""
-    running = transfers.join(asked)
+    running = await asyncio.to_thread(transfers.join, asked)
     if running is not None:
         try:
             with Loading(asked, running.transfer) as loading:

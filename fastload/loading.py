@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from .asking import Asked
 from .device import device_errors, import_torch
 from .errors import DeviceError, PluginError, UnsupportedSourceError
 from .events import Events
+from .garbage import rarely
 from .plugins import call_hook
 from .profile import Profile
 from .profile import begin as begin_profile
@@ -51,6 +51,7 @@ class Loading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        rarely.end()
         seconds = self._events.clock() - self._started_s
         self.transfer.events.remove(self._events.pass_on)
         if error is None:
@@ -103,7 +104,7 @@ class Loading:
 
     def tensors(self, device: Any, dtype: Any) -> dict[str, torch.Tensor]:
         """Return all tensors, verified."""
-        _import_early()
+        self._import_early()
         snapshot = self.transfer.wait_manifest()
         if not self.transfer.weights:
             raise UnsupportedSourceError(
@@ -119,12 +120,11 @@ class Loading:
                 stream.close()
 
         collected: dict[str, torch.Tensor] = self._verified(collect)
-        self._measure(collected)
         return collected
 
     def build(self, framework: str | None, device: Any, dtype: Any, options: Mapping[str, Any]) -> Any:
         """Return what the framework's plugin builds, everything under it verified."""
-        _import_early()
+        self._import_early()
 
         def build() -> Any:
             snapshot = self.transfer.wait_manifest()
@@ -155,19 +155,24 @@ class Loading:
                 hint=self._onward()
                 or "fastload.load_tensors gives the tensors of any model; `fastload plugins` lists what is installed",
             )
-        self._measure(built)
         return built
+
+    def _import_early(self) -> None:
+        """Begin to import torch, which whoever builds will need, while the hub is asked what there is (0.3 s).
+
+        In a thread, because Ctrl-C reaches the main one: there, while it waits, not in the middle of an import that may
+        swallow it.
+        """
+        if self._asked.settings.pause_gc:
+            rarely.begin()
+        if "torch" not in sys.modules:
+            threading.Thread(target=_import_torch, name="fastload-import").start()
 
     def _measure(self, result: Any) -> None:
         """Tell how much of *result* was never copied."""
-        files = []
-        for view in tuple(self.transfer.files.values()):
-            try:
-                if view.final is not None:
-                    files.append((os.stat(view.final).st_ino, os.path.realpath(view.final)))
-            except OSError:  # removed since; then it is told as copied
-                continue
-        found = zero_copy_bytes(result, files)
+        views = tuple(self.transfer.files.values())
+        places = [place for view in views if (place := view.place) is not None]
+        found = zero_copy_bytes(result, places, [span for view in views if (span := view.mapped) is not None])
         if found is not None:
             self._events.emit("result.measured", zero_copy_bytes=found[0], bytes=found[1])
 
@@ -193,6 +198,7 @@ class Loading:
                 if not self._wait_and_refresh():
                     raise
                 continue
+            self._measure(made)  # now, while the last bytes are hashed: it takes milliseconds
             self.transfer.wait_files()
             if not self._wait_and_refresh():
                 self.transfer.wait(lambda: self.transfer.finished)
@@ -207,16 +213,6 @@ class Loading:
         for path in changed:
             self.transfer.files[path].close()
         return True
-
-
-def _import_early() -> None:
-    """Begin to import torch, which whoever builds will need, while the hub is asked what there is (0.3 s).
-
-    In a thread, because Ctrl-C reaches the main one: there, while it waits, not in the middle of an import that may
-    swallow it.
-    """
-    if "torch" not in sys.modules:
-        threading.Thread(target=_import_torch, name="fastload-import").start()
 
 
 def _import_torch() -> None:

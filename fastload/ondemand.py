@@ -12,9 +12,11 @@ from typing import Any
 
 from . import running as started_here
 from .asking import Asked, ask
-from .errors import FastloadError
+from .cache import RepoCache
+from .errors import FastloadError, IntegrityError, SourceChangedError
 from .events import Event, log
 from .inflight import InFlight
+from .plainway import instead
 from .running import Running
 from .supply import Supply
 from .types import Snapshot
@@ -38,8 +40,12 @@ class OnDemand:
         self._in_flight: list[InFlight] = []
         #: Those that are not watched any more, and not yet closed.
         self._ending: list[InFlight] = []
+        #: Those that neither way brought; their names stay until the end, or until they are asked for again.
+        self._failed: list[InFlight] = []
+        #: By identity, the errors that a reader got.
+        self._heard: set[int] = set()
         self._watcher: threading.Thread | None = None
-        self._failures: list[Exception] = []
+        self._stopped = False
 
     def serves(self, asked: Asked) -> bool:
         """Tell whether it fetches the same repository, by the same credentials, into the same cache."""
@@ -75,7 +81,7 @@ class OnDemand:
     # -- one file ----------------------------------------------------------------------------------------------------
 
     def deliver(self, path: str, progress: Callable[[int], object]) -> bool:
-        """Wait until *path* is verified and in its place; False: the transfer had ended before it was asked for it.
+        """Wait until *path* is verified and in its place; False: the transfer had ended for other reasons than this file.
 
         Args:
             progress: Called with how many bytes of it have come.
@@ -95,23 +101,34 @@ class OnDemand:
         finally:
             events.remove(observe)
 
-    def give(self, path: str, plain: Callable[[], Path]) -> bool:
+    def give(self, path: str, plain: Callable[[bool], Path], warn: Callable[[str], object]) -> bool:
         """Let *path* be opened through ``safe_open`` from now on, complete or not; False as with :meth:`deliver`.
 
         Args:
-            plain: Fetches it as it would have been fetched without us.
+            plain: Downloads it as it would have been without us, although there is a link if told so.
+            warn: Called with what goes that way, and why.
 
         Raises:
             FastloadError: The transfer failed.
-            OSError: This filesystem has no links.
+            OSError: Here are no links, or another process's is in the way.
         """
         if not self._wanted(path, lambda view: view.known):
             return False
         if self._transfer.files[path].ready:
             return True
-        supply = Supply(self._transfer, "cpu", None, self._asked.settings)
-        file = WeightFile(self._transfer, path, self._asked.pm)
-        in_flight = InFlight(self._transfer, file, supply, self.snapshot().path / path, plain)
+        snapshot, settings = self.snapshot(), self._asked.settings
+        cache = RepoCache(settings.cache_dir, snapshot.source, symlinks=settings.symlinks)
+        digest = self._transfer.digests.get(path)
+        supply = Supply(self._transfer, "cpu", None, settings)
+        in_flight = InFlight(
+            self._transfer,
+            WeightFile(self._transfer, path, self._asked.pm),
+            supply,
+            snapshot.path / path,
+            lambda: instead(cache, snapshot.commit, path, digest, plain),
+            warn=warn,
+            heard=self._told,
+        )
         weakref.finalize(in_flight, supply.close)  # with the last handle
         in_flight.show()
         with self._lock:
@@ -124,10 +141,32 @@ class OnDemand:
     def _wanted(self, path: str, enough: Callable[[FileView], bool]) -> bool:
         self._running.want(path)
         view = self._transfer.files[path]
-        self._transfer.wait(lambda: enough(view) or view.error is not None or self._transfer.finished)
-        if view.error is not None:
-            raise view.error
+        try:
+            self._transfer.wait(lambda: enough(view) or view.error is not None or self._transfer.finished)
+            if view.error is not None:
+                raise view.error
+        except IntegrityError as e:
+            if not self._is_about(e, path):
+                return False
+            self._told(e)
+            raise
         return enough(view)
+
+    def _is_about(self, error: IntegrityError, path: str) -> bool:
+        """Tell whether *error* is one of *path*'s, which may have come under the name of a file with the same bytes."""
+        if isinstance(error, SourceChangedError):
+            return False
+        digest = self._transfer.digests.get(path)
+        same = digest is not None and self._transfer.digests.get(error.file or path) == digest
+        return error.file in (None, path) or same
+
+    def _told(self, error: Exception) -> None:
+        """A reader has got *error*: paths that stand for it need not lead anywhere any more."""
+        with self._lock:
+            self._heard.add(id(error))
+            failed = [file for file in self._failed if file.failure is error]
+        for file in failed:
+            file.unlink()
 
     # -- all files in flight -----------------------------------------------------------------------------------------
 
@@ -153,29 +192,36 @@ class OnDemand:
 
     def _end(self, file: InFlight, error: FastloadError | None) -> None:
         try:
-            if error is not None:
+            if error is not None and not self._stopped:
                 file.rescue(error)
         except Exception as e:  # whatever the plain way raises; its readers get it too
-            self._failures.append(e)
-        finally:
-            file.close()
+            with self._lock:
+                self._failed.append(file)
+                heard = id(e) in self._heard
+            if heard:
+                file.unlink()
+            return
+        file.close()
 
     def end(self) -> None:
         """Wait until all files in flight are in their places, then end the transfer.
 
         Raises:
-            Exception: Why one of them is not.
+            Exception: Why one of them is not, unless a reader has heard of it.
         """
         while (watcher := self._watcher) is not None:
             watcher.join()
+        failures = [file.failure for file in self._failed]
         self.stop()
-        if self._failures:
-            raise self._failures[0]
+        for failure in failures:
+            if failure is not None and id(failure) not in self._heard:
+                raise failure
 
     def stop(self) -> None:
         """End the transfer; what has landed is kept. Links to files in flight go, and readers that wait get an error."""
         with self._lock:
-            left, self._in_flight = [*self._in_flight, *self._ending], []
+            self._stopped = True
+            left, self._in_flight, self._failed = [*self._in_flight, *self._ending, *self._failed], [], []
         for file in left:
             file.close()
         if self._owned:

@@ -7,6 +7,7 @@ one. When the last route goes, every module gets the real one back.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cache import is_in_flight
 from .device import parse_device, to_device
-from .interception import rebind
+from .interception import Rebound
 from .supply import SuppliedSlice, Supply
 from .weightfile import TensorSlice, WeightFile
 
@@ -52,6 +54,9 @@ class Route:
         """Block until the file is verified; return its final path."""
         return self.file.wait_verified()
 
+    def forked(self) -> None:
+        """This is a process that was forked: what arrives, arrives in the parent."""
+
 
 class _Routes:
     """Which files are routed, and the real ``safe_open`` while it is replaced. Thread-safe."""
@@ -61,20 +66,26 @@ class _Routes:
         self.files: dict[Inode, list[Route]] = {}
         self.names: dict[str, Route] = {}
         self.real: Any = None
+        self.replaced: Rebound | None = None
 
     def find(self, filename: Any) -> Route | None:
         if not self.files:
             return None
         try:
-            stat = os.stat(filename)
-        except OSError:
+            path = Path(os.fsdecode(filename))
             with self.lock:
-                return self.names.get(os.path.abspath(filename))
-        except (TypeError, ValueError):
+                named = self.names.get(_name(path))
+            if named is not None:  # whatever stands there now: another process may have put its link there
+                return named
+            stat = os.stat(path)
+        except (OSError, TypeError, ValueError):
             return None  # the real one has its own words for it
         with self.lock:
             found = self.files.get((stat.st_dev, stat.st_ino))
-            return found[-1] if found else None
+            foreign = found and found[-1] in self.names.values() and is_in_flight(path)
+        if foreign:  # another process's link, whose number means another file here
+            raise FileNotFoundError(errno.ENOENT, "Another process is fetching this file", str(path))
+        return found[-1] if found else None
 
 
 _routes = _Routes()
@@ -88,9 +99,9 @@ def routed(table: Mapping[Inode, Route], names: Mapping[str, Route] | None = Non
     inode means nothing else meanwhile.
 
     Args:
-        names: What absolute paths stand for while there is no file.
+        names: What these paths, absolute or not, stand for, whatever is there.
     """
-    names = names or {}
+    names = {_name(Path(name)): route for name, route in (names or {}).items()}
     with _routes.lock:
         if not _routes.files:
             _install()
@@ -102,21 +113,40 @@ def routed(table: Mapping[Inode, Route], names: Mapping[str, Route] | None = Non
     finally:
         with _routes.lock:
             for inode, route in table.items():
-                routes = _routes.files[inode]
-                routes.remove(route)
+                routes = _routes.files.get(inode, [])
+                if route in routes:  # not if this process was forked inside the block
+                    routes.remove(route)
                 if not routes:
-                    del _routes.files[inode]
+                    _routes.files.pop(inode, None)
             for name, route in names.items():
                 if _routes.names.get(name) is route:
                     del _routes.names[name]
             if not _routes.files:
-                rebind(safe_open, _routes.real, "safetensors")
+                _uninstall()
 
 
-def is_named(path: Path) -> bool:
-    """Tell whether *path*, absolute, is the name of a routed file."""
+def named(path: Path) -> Route | None:
+    """Return what *path* stands for by its name."""
     with _routes.lock:
-        return str(path) in _routes.names
+        return _routes.names.get(_name(path))
+
+
+def _name(path: Path) -> str:
+    """Return *path* as it is the same for everybody who means it, its last part unresolved: it may be our link."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
+
+
+def _forked() -> None:
+    """Nobody would ever wake a reader here: every file is the parent's."""
+    _routes.lock = threading.Lock()
+    if _routes.files:
+        for route in {*_routes.names.values(), *(r for routes in _routes.files.values() for r in routes)}:
+            route.forked()
+        _routes.files, _routes.names = {}, {}
+        _uninstall()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def real_safe_open() -> Any:
@@ -131,7 +161,13 @@ def _install() -> None:
 
     if _routes.real is None:
         _routes.real = safetensors.safe_open
-    rebind(_routes.real, safe_open, "safetensors")
+    _routes.replaced = Rebound(_routes.real, safe_open, "safetensors")
+
+
+def _uninstall() -> None:
+    if _routes.replaced is not None:
+        _routes.replaced.give_back()
+        _routes.replaced = None
 
 
 class _Routing(type):

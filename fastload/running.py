@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from .asking import Asked
 from .athand import deliver
 from .errors import FastloadError
 from .events import Events, Observer, log
+from .garbage import rarely
+from .rendezvous import Joined, call
 from .settings import Settings
 from .sync import InThread
 from .transfer import Transfer
@@ -49,19 +52,29 @@ class Running:
     Thread-safe. Ends by itself when everything is verified and in the cache.
     """
 
-    def __init__(self, asked: Asked, *, process: bool, settle: bool = False) -> None:
+    def __init__(
+        self, asked: Asked, *, process: bool, settle: bool = False, connection: socket.socket | None = None
+    ) -> None:
         self._asked = asked
         self._users = 0
         self.transfer = Transfer(Events(keep=True))
-        self._carrier = self._carry(process, settle)
+        self._carrier = self._carry(process, settle, connection)
         with _lock:
             _at_work[:] = [running for running in _at_work if not running._carrier.ended]
             _at_work.append(self)
 
-    def _carry(self, process: bool, settle: bool) -> _Carrier:
+    def _carry(self, process: bool, settle: bool, connection: socket.socket | None) -> _Carrier:
         asked = self._asked
         if deliver(asked.request, asked.settings, asked.pm, self.transfer.apply):
+            if connection is not None:
+                connection.close()
             return _Nobody()
+        if connection is not None:
+            return Joined(asked, self.transfer, connection, lambda: self._make(process, settle))
+        return self._make(process, settle)
+
+    def _make(self, process: bool, settle: bool) -> _Carrier:
+        asked = self._asked
         if process and asked.settings.process:
             try:
                 if executable() is None:
@@ -139,6 +152,8 @@ _lock = threading.RLock()
 _started: dict[tuple[Any, ...], Running] = {}
 #: Those whose process or thread was there when the last one began.
 _at_work: list[Running] = []
+#: What the transfers of `fastload exec` have been asked for: once each, later loads ask the hub.
+_called: set[tuple[Any, ...]] = set()
 _warned = False
 
 
@@ -148,6 +163,7 @@ def _forked() -> None:
     _lock = threading.RLock()
     _started.clear()
     _at_work.clear()
+    _called.clear()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -155,19 +171,36 @@ os.register_at_fork(after_in_child=_forked)
 
 def begin(asked: Asked) -> Running:
     """Start a transfer in a process of its own and let later loads of this process join it."""
+    if asked.settings.pause_gc:
+        rarely.begin()
     with _lock:
         running = _started.get(asked.key)
         if running is None or running.failed:
-            running = _started[asked.key] = Running(asked, process=True)
+            running = _started[asked.key] = _launched(asked) or Running(asked, process=True)
     running.observe(asked.observers)
     return running
 
 
 def join(asked: Asked) -> Running | None:
-    """Return the transfer that :func:`begin` started for the same thing, if it has not failed; forget it there."""
+    """Return the transfer that :func:`begin`, or ``fastload exec``, started for the same thing, if it has not failed.
+
+    It is forgotten: who asks again asks the hub.
+    """
     with _lock:
         running = _started.pop(asked.key, None) or _started.pop(asked.key_of_more, None)
-    return running if running is not None and not running.failed else None
+    if running is None:
+        return _launched(asked)
+    return None if running.failed else running
+
+
+def _launched(asked: Asked) -> Running | None:
+    if not asked.settings.process:
+        return None
+    with _lock:
+        known = asked.key in _called
+        _called.add(asked.key)
+    connection = None if known else call()
+    return None if connection is None else Running(asked, process=True, connection=connection)
 
 
 def started(source: str, settings: Settings) -> list[Running]:

@@ -14,6 +14,10 @@ from .types import ByteRange
 
 #: Guessed: longer than a framework imports a model's code between its configuration and its weights.
 _IDLE_S = 30.0
+#: Guessed: as many connections as there are at first. More of them, and smaller pieces, cost round trips.
+_LAST_PIECES = 8
+#: Measured: takes 0.7 ms to hash, and as a request 20 % more CPU time than 8 MiB.
+_LEAST_LAST_BYTES = 1 << 20
 
 
 class Turns:
@@ -130,7 +134,23 @@ class Schedule:
         Args:
             piece_bytes: About how much of a large file one request should bring, in whole blocks.
         """
+        piece_bytes = self._evened(piece_bytes)
         return self._demanded(piece_bytes) or self._next_small() or self._in_order(piece_bytes)
+
+    def _evened(self, piece_bytes: int) -> int:
+        """Return less than *piece_bytes* where little is left.
+
+        So all connections end at about the same time, and little is left to be written and hashed after the last byte:
+        ranges that come out of order keep the hash, which must be in order, waiting.
+        """
+        left = 0
+        for download in self._large:
+            for span in download.pending:
+                left += len(span)
+                if left >= _LAST_PIECES * piece_bytes:
+                    return piece_bytes
+        evened = left // _LAST_PIECES // BLOCK_BYTES * BLOCK_BYTES
+        return min(piece_bytes, max(evened, _LEAST_LAST_BYTES))
 
     def _demanded(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
         for download in self._large:

@@ -16,11 +16,11 @@ from .errors import CacheError, FastloadError
 from .router import Inode, Route, routed
 from .supply import Supply
 from .transfer import Transfer
-from .types import Snapshot
+from .types import ByteRange, Snapshot
 from .weightfile import WeightFile
 
 #: Guessed: descriptors from here on are seldom taken, so that the same link in another process leads nowhere.
-_FIRST_FD = 900
+FIRST_FD = 900
 
 
 @contextmanager
@@ -69,6 +69,8 @@ def served(
         except OSError as e:
             raise CacheError(f"cannot make a temporary folder to load from: {e}", hint="set TMPDIR") from e
         stack.enter_context(routed(table))
+        for path in streamed:  # at once: frameworks read the heads of all files before the first tensor, one by one
+            transfer.files[path].ask(ByteRange(0, 1))
         yield folder
 
 
@@ -97,9 +99,13 @@ def inode(fd: int) -> Inode:
     return stat.st_dev, stat.st_ino
 
 
-def duplicate(fd: int) -> int:
-    """Return another descriptor of the same file, one that a link in another process is unlikely to mean."""
+def duplicate(fd: int, first: int = FIRST_FD) -> int:
+    """Return another descriptor of the same file, one that a link in another process is unlikely to mean.
+
+    Args:
+        first: The lowest number that it may have.
+    """
     try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FD)
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first)
     except OSError:  # the limit on descriptors is lower, or few are left up there
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

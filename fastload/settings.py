@@ -100,6 +100,9 @@ class Settings:
         "read cached weights that are not in memory in large pieces while the program starts",
         "FASTLOAD_READ_AHEAD",
     )
+    pause_gc: bool = _setting(
+        True, "collect garbage rarely while a program starts, until its first model is loaded", "FASTLOAD_PAUSE_GC"
+    )
     process: bool = _setting(True, "run the transfer of load, stream and start in a child process", "FASTLOAD_PROCESS")
     netrc_path: Path = _setting(Path("~/.netrc"), "file that holds passwords, if trust_env", "NETRC")
     trust_env: bool = _setting(True, "honour HTTP(S)_PROXY, ALL_PROXY, NO_PROXY and .netrc", "FASTLOAD_TRUST_ENV")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from .weightfile import WeightFile
 
-#: Specified: no element is longer (complex128); pieces end between elements.
-_ELEMENT_BYTES = 16
+#: Reasoned: torch casts fastest where both addresses are multiples of 16, and a cast makes an eighth of it at least.
+_CAST_UNIT_BYTES = 128
 #: Guessed: groups of a file that are looked at for bytes that landed out of turn; twice what the connections have open.
 _WINDOW = 16
 
@@ -101,12 +101,20 @@ def feedable(info: TensorInfo) -> bool:
 
 
 def grouped(feeds: Iterable[Feed], slot_bytes: int) -> Iterator[Group]:
-    """Yield *feeds*, which go to one device and stand in the order of their bytes in one file, as groups."""
+    """Yield *feeds*, which go to one device and stand in the order of their bytes in one file, as groups.
+
+    A group ends where the file's next multiple of *slot_bytes* begins, but for what cannot be parted: so do the ranges that
+    are fetched, and the last one of them completes one group, not two.
+    """
     group: list[Piece] = []
     taken = 0.0
     for piece in _pieces(feeds, slot_bytes):
         needed = len(piece.span) * max(1.0, piece.feed.expansion)  # the larger of before and after the cast
-        if group and (group[-1].span.stop != piece.span.start or taken + needed > slot_bytes):
+        if group and (
+            group[-1].span.stop != piece.span.start
+            or (group[-1].span.stop - 1) // slot_bytes != (piece.span.stop - 1) // slot_bytes
+            or taken + needed > slot_bytes
+        ):
             yield _close(group)
             group, taken = [], 0.0
         group.append(piece)
@@ -117,11 +125,17 @@ def grouped(feeds: Iterable[Feed], slot_bytes: int) -> Iterator[Group]:
 
 def _pieces(feeds: Iterable[Feed], slot_bytes: int) -> Iterator[Piece]:
     for feed in feeds:
-        longest = max(1, int(slot_bytes / max(1.0, feed.expansion)) // _ELEMENT_BYTES) * _ELEMENT_BYTES
+        unit = int(feed.dtype.itemsize) if feed.final == feed.dtype else _CAST_UNIT_BYTES
+        longest = max(1, int(slot_bytes / max(1.0, feed.expansion)) // unit) * unit
         span = feed.info.span
-        for start in range(span.start, span.stop, longest):
+        start = span.start
+        while start < span.stop:
+            line = ((start + unit - 1) // slot_bytes + 1) * slot_bytes  # a unit may stand across one
+            whole = (line - span.start) // unit * unit  # of the tensor, before the line
+            stop = min(start + longest, span.start + whole, span.stop)
             feed.left += 1
-            yield Piece(feed, ByteRange(start, min(start + longest, span.stop)))
+            yield Piece(feed, ByteRange(start, stop))
+            start = stop
 
 
 def _close(pieces: list[Piece]) -> Group:

@@ -20,6 +20,8 @@ _OFF = ("", "0", "off", "no", "false")
 _ON = ("1", "on", "yes", "true")
 #: Which process has begun the transfers: those that it starts need not.
 _STARTED = "FASTLOAD_STARTED"
+#: Says that `fastload exec` has (fastload.rendezvous, which costs an import).
+_LAUNCHED = "FASTLOAD_LAUNCHED"
 
 _begun = False
 
@@ -42,6 +44,8 @@ def begin() -> None:
         if sources and not _is_started_above(environ.get(_STARTED, "")):
             environ[_STARTED] = str(os.getpid())
             _start(sources)
+        elif _LAUNCHED in environ:
+            _collect_rarely()
     except Exception as e:  # nobody has called us, so there is nobody to raise to
         _log().warning("FASTLOAD_START, FASTLOAD_ACCELERATE: %s: %s", type(e).__name__, e)
 
@@ -56,6 +60,15 @@ def _start(sources: list[str]) -> None:
             begin_transfer(ask(source))
         except FastloadError as e:
             _log().warning("FASTLOAD_START=%s: %s", source, e)
+
+
+def _collect_rarely() -> None:
+    """What :func:`fastload.start` would do to this program's collector, had it begun the transfer itself."""
+    from .garbage import rarely
+    from .settings import Settings
+
+    if Settings.resolve().pause_gc:
+        rarely.begin()
 
 
 def _log() -> Any:

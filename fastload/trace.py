@@ -42,8 +42,8 @@ class Slice:
 def chrome_trace(subject: Profiles | Profile) -> dict[str, Any]:
     """Return *subject* as a trace, to be written with :func:`json.dump`.
 
-    Without events (``fastload.profile(events=True)`` keeps them) it has phases only. Time 0 is the start of the process
-    for a block of profiles, else the first thing that happened.
+    Without events (``fastload.profile(events=True)`` keeps them) it has phases only. Time 0 is the first thing that
+    happened; for a block of profiles the start of the process, unless what it joined had begun before that.
     """
     loads = tuple(subject.loads) if isinstance(subject, Profiles) else (subject,)
     imports = subject.imports if isinstance(subject, Profiles) else None
@@ -90,9 +90,11 @@ def transfer_slices(profile: Profile) -> list[Slice]:
 
 
 def _origin_s(subject: Profiles | Profile) -> float:
-    if isinstance(subject, Profiles):
-        return process_started_s()
-    return min([subject.started_s, *(e.at_s - e.seconds for e in subject.events or ())])
+    loads = subject.loads if isinstance(subject, Profiles) else (subject,)
+    begun_s = [process_started_s()] if isinstance(subject, Profiles) else []
+    for load in loads:
+        begun_s += [load.started_s, *(e.at_s - e.seconds for e in load.events or ())]
+    return min(begun_s)
 
 
 def _transfer_pid(profile: Profile) -> int:
@@ -178,7 +180,7 @@ class _Row:
                 tid += 1
                 yield _meta("thread_name", pid, tid, name=f"{name} {index + 1}" if len(rows) > 1 else name)
                 yield _meta("thread_sort_index", pid, tid, sort_index=tid)
-                for s in lane:
+                for s in sorted(lane, key=lambda s: (s.start_us, -s.stop_us)):  # what lies in another behind it
                     span = {"ts": s.start_us, "dur": s.stop_us - s.start_us}
                     yield {"ph": "X", "name": s.name, "cat": name, "pid": pid, "tid": tid, **span, "args": dict(s.args)}
         yield from ({**event, "pid": pid, "tid": 0} for event in self.rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -74,6 +75,28 @@ class FileView:
         return self._final
 
     @property
+    def place(self) -> tuple[int, str] | None:
+        """Inode and path of what readers have mapped, arriving or complete; ``None`` where nobody can have."""
+        with self._lock:
+            try:
+                if self._fd >= 0:
+                    return os.fstat(self._fd).st_ino, os.readlink(f"/proc/self/fd/{self._fd}")
+                if self._final is not None:
+                    return os.stat(self._final).st_ino, os.path.realpath(self._final)
+            except OSError:  # removed since, or no such file system here
+                pass
+            return None
+
+    @property
+    def mapped(self) -> tuple[int, int] | None:
+        """Where :meth:`mapping` is in memory, as addresses (half-open); ``None`` where nobody has asked for it."""
+        with self._lock:
+            if self._mapping is None:
+                return None
+            start = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+            return start, start + self.size
+
+    @property
     def journal(self) -> Journal | None:
         """What says which bytes have landed, if the file was opened while it arrived."""
         return self._journal
@@ -137,6 +160,16 @@ class FileView:
             self.close()
             self.open()
         self._used = True
+
+    def ask(self, span: ByteRange) -> None:
+        """Ask the owner to fetch *span* next, without waiting; nothing is asked while there is no file to open."""
+        if not self.known or self.error is not None:
+            return
+        self.open()
+        journal = self._journal
+        hole = None if journal is None or self.ready else journal.hole(span)
+        if journal is not None and hole is not None:
+            journal.demand(hole)
 
     def _wait_for(self, span: ByteRange, journal: Journal) -> None:
         clock = self._transfer.events.clock

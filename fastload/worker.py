@@ -22,6 +22,7 @@ from typing import Any
 
 from .errors import FastloadError
 from .events import log
+from .priority import give_way
 from .settings import Settings
 from .transfer import Transfer
 from .types import Digest, Manifest, RemoteFile, Request
@@ -34,9 +35,6 @@ _NOT_FOR_CHILDREN = ("FASTLOAD_START", "FASTLOAD_ACCELERATE")
 _PATIENCE_S = 5.0
 #: Specified, pipe(7): what an ordinary user may ask for. About 5000 messages, so 40 GB in ranges of 8 MiB.
 _PIPE_BYTES = 1 << 20
-#: Guessed, with one run behind it (2 cores, 2 GB unthrottled beside ``import transformers``: 7.6 s at 0, 7.1 at 5, 6.1 at
-#: 10, 5.9 at 19; noisier runs did not agree): where cores are few, everybody waits for the program's one importing thread.
-_NICE = 10
 
 
 class Child:
@@ -194,7 +192,6 @@ def request_from(record: Mapping[str, Any]) -> Request:
 def main() -> None:
     """Run one transfer as the orders on standard input say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's to handle; it closes our standard input
-    os.nice(_NICE)
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a plugin prints must not end up among the messages
     orders = json.loads(sys.stdin.readline())
@@ -257,6 +254,8 @@ async def _serve(request: Request, settings: Settings, tell: Any) -> int:
 
     def emit(message: dict[str, Any]) -> None:
         tell(message)
+        if message["kind"] == "manifest":
+            give_way()
         if message["kind"] == "finished":
             told.append("finished")
             loop.remove_reader(0)  # delivered: the program may end; what is left is making the files safe

@@ -90,8 +90,8 @@ async def browser() -> AsyncIterator[Page]:
     words = ["--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--disable-gpu", "--no-first-run",
              "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update",
              "--no-default-browser-check", "--hide-scrollbars", "--no-proxy-server"]  # fmt: skip
-    if os.getuid() == 0:
-        words.append("--no-sandbox")  # Chromium has none for root
+    if os.getuid() == 0 or os.environ.get("CI"):
+        words.append("--no-sandbox")  # Chromium has none for root, nor in most containers; all pages are our own
     process = await asyncio.create_subprocess_exec(
         str(executable()), *words, "about:blank", stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
     )

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 import huggingface_hub  # noqa: E402
 import safetensors.torch  # noqa: E402
+from accelerating import KEPT, WEIGHTS, everything_is_put_back, links_in_flight, point_to, write_model  # noqa: E402
 from compare import diff_models  # noqa: E402
 from huggingface_hub import errors as hub_errors  # noqa: E402
 from huggingface_hub import file_download  # noqa: E402
@@ -26,51 +27,29 @@ from huggingface_hub import file_download  # noqa: E402
 import fastload  # noqa: E402
 from fastload import dropin, inflight, ondemand, readers, router, starting  # noqa: E402
 from fastload.errors import DownloadError, FastloadWarning, IntegrityError, SettingsError  # noqa: E402
-from fastload.testing import Fault, Hub, write_tiny_llama  # noqa: E402
+from fastload.testing import Fault, Hub  # noqa: E402
 
 pytestmark = [pytest.mark.transformers]
 
-KEPT = {"download": file_download._hf_hub_download_to_cache_dir, "safe_open": safetensors.safe_open}
-WEIGHTS = "model-00001-of-00002.safetensors"
 BIG = Fault("hold", path="*.safetensors", times=None)
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in two shards of more than 1 MiB, beside which stand a tokenizer-like file and a pickled one."""
-    folder = write_tiny_llama(tmp_path_factory.mktemp("accelerate") / "model", shards=2, hidden=256, vocabulary=3000)
-    (folder / "pytorch_model.bin").write_bytes(os.urandom(1_500_000))
-    (folder / "vocab").mkdir()
-    (folder / "vocab" / "tokens.txt").write_text("one two three")
-    transformers.utils.logging.disable_progress_bar()
-    return folder
+    return write_model(tmp_path_factory.mktemp("accelerate") / "model")
 
 
 @pytest.fixture
 def hub(model: Path, make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch) -> Hub:
     started = make_hub({"org/model": model})
-    monkeypatch.setenv("HF_ENDPOINT", started.endpoint)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", started.endpoint)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", started.endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-        started.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    )  # fmt: skip
+    point_to(started, monkeypatch)
     return started
 
 
 @pytest.fixture(autouse=True)
 def off_means_off() -> Iterator[None]:
-    """After every test: the names are bound as they were, and no thread of ours is left."""
-    before = set(threading.enumerate())
-    yield
-    assert file_download._hf_hub_download_to_cache_dir is KEPT["download"]
-    assert safetensors.safe_open is KEPT["safe_open"] is safetensors.torch.safe_open
-    assert transformers.modeling_utils.safe_open is KEPT["safe_open"]
-    for thread in set(threading.enumerate()) - before:
-        if thread.name.startswith("fastload-"):
-            thread.join(10)
-            assert not thread.is_alive(), thread.name
+    with everything_is_put_back():
+        yield
 
 
 def tree(cache: Path) -> dict[str, str]:
@@ -510,7 +489,7 @@ def test_an_exception_in_the_block_stops_everything(hub: Hub, tmp_path: Path):
     hub.release()
     with contextlib.suppress(Exception):
         loading.result(60)
-    assert not [p for p in tmp_path.rglob("*") if p.is_symlink() and "/proc/" in os.readlink(p)]
+    assert not links_in_flight(tmp_path)
 
 
 def test_a_small_file_that_comes_wrong_once_comes_again(hub: Hub, tmp_path: Path, model: Path):

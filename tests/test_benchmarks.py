@@ -119,6 +119,22 @@ def test_a_goal_is_measured_against_the_fastest_other_way():
     assert of_the_fastest(results(fastload=[2.0], a_floor=[0.1])) is None
 
 
+def test_a_cold_start_is_measured_against_the_slower_of_its_parts_round_by_round():
+    from benchmarks.reach import first_weight_s, of_the_slower_part
+
+    made = results(
+        fastload_exec=[4.4, 9.0, 11.0], fastload_start=[5.0, 9.9, 12.0],
+        fastload_hot=[5.0, 4.0, 4.0], from_pretrained_hot=[4.0, 5.0, 4.0], curl=[1.0, 3.0, 10.0],
+    )  # fmt: skip
+    for name, first_s in (("fastload_exec", 0.3), ("fastload_start", 0.2)):
+        for record in made.runs[name]:
+            record["first_weight_s"] = first_s
+    assert of_the_slower_part(made) == pytest.approx(1.1)  # of 1.1, 2.25 and 1.1
+    assert first_weight_s(made) == 0.3, "of the one whose time is told"
+    assert of_the_slower_part(results(fastload_exec=[1.0], curl=[1.0])) is None
+    assert first_weight_s(results(fastload_exec=[1.0], curl=[1.0])) is None
+
+
 def test_the_floor_is_all_cores_busy_or_one_file_on_one_core():
     from benchmarks.reach import floor_cpu_s, floor_s
 
@@ -221,3 +237,35 @@ def test_the_demo_fails_when_anything_differs(change: dict[str, Any], capsys: py
     assert "2.00 times as fast" in capsys.readouterr().out
     assert judge(SIDE, {**SIDE, **change}) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_rows_say_what_was_reached_and_what_was_not():
+    from benchmarks.rows import render
+
+    record = {
+        "row": "llama", "repeat": 0, "memory": "resident", "load_average": 0.0,
+        "plain": {"load_s": 0.5, "touch_s": 0.5, "result_bytes": 100, "zero_copy_bytes": 100},
+        "fastload": {"tail_s": 0.04, "bytes": 200e6, "files": 3, "ranges": 10, "requests": 15, "warm_requests": 0,
+                     "result_bytes": 100, "zero_copy_bytes": 100, "after_last": {"write.finished": 0.001}},
+    }  # fmt: skip
+    moe = {**record, "row": "qwen3-moe", "plain": {**record["plain"], "zero_copy_bytes": 10}}
+    moe["fastload"] = {**record["fastload"], "zero_copy_bytes": 9, "tail_s": 0.06, "requests": 16, "warm_requests": 1}
+    llama, experts = [line for line in render([record, moe], {}).splitlines() if line.startswith("| transformers")]
+    assert "| 8% [4%] | reached | 100.0% (100.0%) | reached | 15 (15) | reached | 0 | reached |" in llama
+    assert "| 12% [6%] | **not reached** | 9.0% (10.0%) | **not reached** | 16 (15) | **not reached** | 1 |" in experts
+
+
+def test_a_quick_row_loads_the_same_model_both_ways(tmp_path: Path):
+    pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    words = ("--quick", "gguf", "--repeats", "1", "--out", str(tmp_path / "out"))
+    done = run("benchmarks.rows", *words, FASTLOAD_TESTBED=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    header, record = map(json.loads, (tmp_path / "out/rows.jsonl").read_text().splitlines())
+    assert header["facts"]["cores"] and record["row"] == "gguf"
+    ours = record["fastload"]
+    assert 0 < ours["tail_s"] < ours["load_s"] and ours["zero_copy_bytes"] < ours["result_bytes"]
+    assert ours["requests"] == ours["told_requests"] <= 2 + ours["files"] + ours["ranges"]
+    assert ours["warm_requests"] == 0
+    assert "| GGUF, Q8_0 dequantised |" in (tmp_path / "out/rows.md").read_text()
+    assert not list((tmp_path / "runs").iterdir()), "caches are deleted"

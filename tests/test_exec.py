@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import until
 
 from fastload import launch
 from fastload.testing import Fault, Hub, write_tiny_llama
@@ -94,6 +95,58 @@ def test_the_bytes_start_before_the_program_asks_and_its_load_joins(hub: Hub, st
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out.splitlines()[-1], err) == (7, "True", "")
     assert hub.bytes_sent("model.safetensors") == (model / "model.safetensors").stat().st_size
+
+
+JOIN = """
+import sys
+print("ready to load", flush=True)
+sys.stdin.readline()
+import fastload
+seen = []
+tensors = fastload.load_tensors("org/model", observers=[lambda event: seen.append(event.name)])
+names = {"transfer.started", "resolve.finished", "range.landed", "transfer.finished"}
+print(len(tensors) > 0, names <= set(seen), flush=True)
+sys.stdin.readline()
+"""
+
+
+def gone(pid: int) -> bool:
+    return not [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_transfer_of(path, pid)]
+
+
+def is_transfer_of(path: Path, program: int) -> bool:
+    """Tell whether the process of *path* has the name of ``fastload exec`` still, and is not the program."""
+    words = readable(path).split("\0")
+    return "exec" in words and "JOINED" in "".join(words) and path.parent.name != str(program)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_load_joins_and_neither_asks_nor_starts_a_process(hub: Hub, start: Start, early: bool, tmp_path: Path):
+    """Early: while the weights arrive; else when all is there. Then the transfer process ends."""
+    if early:
+        hub.script(Fault("hold", path="*.safetensors", times=None))
+    process = start("org/model", "--", sys.executable, "-c", JOIN, "JOINED")
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "ready to load\n"
+    if early:
+        hub.wait(weights_held)
+    else:
+        until(lambda: published(tmp_path), "the model is in the cache")
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    if early:
+        hub.script()
+        hub.release()
+    assert process.stdout.readline() == "True True\n"
+    until(lambda: gone(process.pid), "the transfer process ends")
+    assert children(process.pid) == ""
+    assert sum(r.path.startswith("/api/") for r in hub.requests) == 1
+    process.communicate("end\n", timeout=60)
+    assert process.returncode == 0
+
+
+def published(folder: Path) -> bool:
+    return any(folder.rglob("refs/main"))
 
 
 PLAIN = """
@@ -272,7 +325,7 @@ def test_nothing_heavy_is_imported_before_the_program_begins():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
     assert "('true'," in done.stderr
-    assert not loaded & {"aiohttp", "huggingface_hub", "pluggy", "torch", "rich"}
+    assert not loaded & {"aiohttp", "asyncio", "huggingface_hub", "pluggy", "torch", "rich"}
 
 
 def test_where_no_process_can_be_started_the_program_runs_all_the_same(hub: Hub):
@@ -307,3 +360,13 @@ async def test_without_pidfd_the_program_is_looked_for(monkeypatch: pytest.Monke
     await asyncio.to_thread(process.communicate)
     await ended.wait()
     assert silenced.is_set()
+
+
+def test_garbage_is_collected_rarely_until_the_program_has_loaded(start: Start, hub: Hub):
+    look = "print(gc.get_threshold()[0] > 100_000)"
+    process = start("org/model", *python(
+        f"import gc; from fastload import starting; starting.begin(); {look};"  # begin: as the wheel's .pth file does
+        f"import fastload; fastload.load_tensors('org/model'); {look}"
+    ))  # fmt: skip
+    said, errors = process.communicate()
+    assert (said.split(), errors) == (["True", "False"], "")

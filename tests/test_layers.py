@@ -18,12 +18,12 @@ PLUGINS = Path(__file__).parents[1] / "plugins"  # of the checkout: an installed
 #: A module may import what stands before it. This is the order in which to read the package.
 ORDER = """
     errors types settings events
-    plan runtimes mirrors flights concurrency retry refusals answers access disk digest phases interception
+    plan runtimes mirrors flights concurrency retry refusals answers access disk digest phases interception garbage
     importing measured coldstart profile lock hookspecs
-    sink http cache readahead journal ring whole device pinned lane plugins pools
-    view transfer known resolve download athand fetch schedule landing delivery engine worker sync asking running inloop listing
-    shardindex weightfile staging copies feeder deferred supply router served inflight tensors
-    unawaited zerocopy loading loader lifecycle launch readers ondemand dropin starting
+    priority sink http cache readahead journal ring whole device pinned lane plugins pools
+    view transfer known resolve download athand fetch schedule landing delivery engine worker sync asking rendezvous running
+    inloop listing shardindex weightfile staging copies feeder deferred supply router served plainway inflight tensors
+    unawaited zerocopy loading loader lifecycle launch readers ondemand settled dropin starting
     report trace timeline waterfall metrics history profiling observed doctor testing builtin serving arguments cli __main__
 """.split()
 

@@ -16,6 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from traceformat import breaches
 
 import fastload
 from fastload import history, metrics, timeline, trace, waterfall
@@ -146,11 +147,19 @@ def test_copies_to_a_device_are_a_phase():
 
 
 def test_every_event_of_a_trace_has_what_the_format_demands():
-    document = json.loads(json.dumps(trace.chrome_trace(block_of(load_of(*LOAD), load_of(*FAILED)))))
-    for event in document["traceEvents"]:
-        assert {"ph", "name", "pid", "tid"} <= event.keys()
-        assert event["ph"] == "M" or isinstance(event["ts"], int)
-        assert event["ph"] != "X" or event["dur"] >= 0
+    subject = block_of(load_of(*LOAD, *COPIES), load_of(*FAILED))
+    assert breaches(json.loads(json.dumps(trace.chrome_trace(subject)))) == []
+
+
+def test_an_import_stands_behind_the_one_that_it_is_in():
+    """Modules are noted when they are done, the inner one first; viewers take what stands first for the outer one."""
+    with fastload.profile(imports=True) as p:
+        begin("org/model").observe(LOAD[1])
+    assert p.imports is not None
+    p.imports.modules += [Import("inner", 1, 2, 2, 7), Import("middle", 1, 3, 1, 7), Import("outer", 1, 4, 0, 7)]
+    document = json.loads(json.dumps(trace.chrome_trace(p)))
+    names = [event["name"] for event in document["traceEvents"] if event.get("cat") == "imports"]
+    assert names == ["outer", "middle", "inner"]
 
 
 def test_slices_of_one_lane_never_cross():

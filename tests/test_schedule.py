@@ -126,3 +126,25 @@ async def test_a_file_that_is_there_already_holds_nobody_up():
     turns = Turns(files)
     turns.over(first)
     await turns.come(second)
+
+
+def test_the_last_pieces_are_small_so_that_little_is_left_to_hash_after_the_last_byte():
+    schedule = Schedule(shards=2)
+    piece, count = 8 << 20, 12
+    for name in "ab":
+        made = download(name, 0)
+        made.pending = deque(ByteRange(n * piece, (n + 1) * piece) for n in range(count))
+        schedule.add_large(made)
+    sizes = []
+    while (job := schedule.next(piece)) is not None:
+        sizes.append(len(job[1]))
+    assert sum(sizes) == 2 * count * piece
+    assert sizes[:10] == [piece] * 10
+    assert all(size <= 1.5 * (1 << 20) for size in sizes[-8:])
+    assert len(sizes) <= 2 * count + 32
+
+
+def test_small_pieces_stay_as_they_are_at_the_end():
+    schedule = Schedule(shards=2)
+    schedule.add_large(download("a", 5))
+    assert taken(schedule) == [f"a{n}" for n in range(5)]

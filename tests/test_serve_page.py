@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -28,6 +30,12 @@ def setup():
     return lambda request: request
 def fails():
     raise ValueError("<img src=x onerror=alert(1)> & <b>bold</b>")
+"""
+#: Gives no output, and ends when it is let.
+STUBBORN = """
+import http.server, os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (open("gate").read(), os._exit(0)))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
 #: What no page may show: a bar to scroll sideways, or text that is cut off at the side.
 FITS = "document.documentElement.scrollWidth <= innerWidth"
@@ -117,6 +125,20 @@ async def test_what_the_app_says_is_shown_as_text(page: Page, tmp_path: Path):
         await page.until("!document.querySelector('#models').hidden")
         assert await page.ask(text("#models h2")) == "<i>org</i>/<u>x</u>"
         await keep(page, "failed")
+
+
+async def test_a_start_that_has_failed_is_shown_while_its_app_is_being_stopped(page: Page, tmp_path: Path):
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    gate = Gate(tmp_path / "gate")
+    words = ["--asleep", "--warmup", "1", "--stop-s", "60", "--", sys.executable, "stubborn.py", "{port}"]
+    with supervised(*words, folder=tmp_path) as server:
+        await page.open(server.url)
+        await page.until("!document.querySelector('#wake').hidden")
+        await page.ask("document.querySelector('#wake').click()")
+        await page.until(f"{text('#state')} === 'stopping'")
+        assert "being stopped" in await page.ask(text("#lead"))
+        await asyncio.to_thread(gate.open)
+        await page.until(f"{text('#state')} === 'failed'")
 
 
 async def test_the_page_works_behind_a_prefix(page: Page, tmp_path: Path):

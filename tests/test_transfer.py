@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 from arrival import Arrival
 from programs import until
-from transfers import noise
+from transfers import MODEL, QUICK, noise
 
+from fastload import plugins
+from fastload.engine import Engine
 from fastload.errors import CacheError, FastloadError, IntegrityError
 from fastload.journal import Journal
-from fastload.types import ByteRange
+from fastload.settings import Settings
+from fastload.testing import Hub
+from fastload.types import ByteRange, Request
 
 NAME = "w.safetensors"
 DATA = noise(20_000)
@@ -188,3 +193,34 @@ def test_a_reader_of_a_closed_view_ends_with_an_error_of_ours(arrival: Arrival):
     arrival.transfer.close()
     reader.join(10)
     assert errors == [f"{NAME} was closed while it was waited for"]
+
+
+def journals_without_a_name(folder: Path) -> list[str]:
+    """Return those of *folder* that this process has open."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # what listed them
+            continue
+    return [path for path in found if path.startswith(str(folder)) and path.endswith(".fastload.journal (deleted)")]
+
+
+def test_a_reader_is_not_the_last_to_close_a_journal_while_files_are_synced(
+    tmp_path: Path, make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch
+):
+    hub = make_hub({"org/m": MODEL})
+    open_then: dict[str, int] = {}
+    monkeypatch.setattr(
+        "fastload.cache.RepoCache.sync", lambda *_: open_then.update(sync=len(journals_without_a_name(tmp_path)))
+    )
+
+    def emit(message: dict[str, object]) -> None:
+        if message["kind"] == "finished":  # whoever waits for this closes what it has
+            open_then["finished"] = len(journals_without_a_name(tmp_path))
+
+    settings = Settings.resolve({**QUICK, "cache_dir": tmp_path, "endpoint": hub.endpoint, "process": False})
+    asyncio.run(Engine(settings, emit, plugins.manager(settings)).run(Request("org/m", everything=True), settle=True))
+    # Each is open twice: its descriptor and the mapping's.
+    assert open_then == {"finished": 2, "sync": 2}
+    assert journals_without_a_name(tmp_path) == []

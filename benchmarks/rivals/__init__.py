@@ -5,7 +5,9 @@ delivers, and ``run(job)``, which a fresh process calls, or ``command(job)``, wh
 inside, for the imports are part of the time; ``prepare(job)`` does them where the clock starts with the call. ``run``
 returns the model, or a dict of tensors; :class:`Delivered` where it has more to tell. ``REFERENCE`` marks what is no
 way to load a model, but a limit to compare with, ``IMPORTS`` a reference that only imports. ``store(model, target)``
-makes what has to lie on the store (:mod:`benchmarks.serving`) before it can run.
+makes what has to lie on the store (:mod:`benchmarks.serving`) before it can run. ``launcher(job)`` returns the words of a
+command that becomes the process which calls ``run``. ``CACHE = "hot"`` marks whoever gets a cache that holds the model,
+and no network, also in cases where those of all others start empty.
 
 A job says ``repo`` and ``model`` (names), ``auto_class``, ``family``, ``class`` (transformers' names), ``weights`` (names of
 the weight files), ``sizes`` (theirs), ``folder`` (where the weight files lie when the cache is warm), ``store`` (URL),
@@ -44,6 +46,7 @@ class Rival:
         verifies: What is compared with what the hub says, in words.
         reference: A limit, not a way to load a model.
         imports: A reference that does what all others do before they load.
+        hot: It always finds the model in its cache and in the page cache, and the network off.
         missing: What is not installed, in words; ``None`` where everything is.
     """
 
@@ -52,6 +55,7 @@ class Rival:
     verifies: str
     reference: bool
     imports: bool
+    hot: bool
     missing: str | None
     module: Any
 
@@ -59,6 +63,11 @@ class Rival:
         """Return a command of its own; ``None``: a fresh process calls ``run``."""
         make = getattr(self.module, "command", None)
         return None if make is None else list(make(job))
+
+    def launcher(self, job: dict[str, Any]) -> list[str]:
+        """Return the words that the command of its process follows."""
+        make = getattr(self.module, "launcher", None)
+        return [] if make is None else list(make(job))
 
 
 def find(name: str) -> Rival:
@@ -70,6 +79,7 @@ def find(name: str) -> Rival:
         getattr(module, "VERIFIES", ""),
         getattr(module, "REFERENCE", False),
         getattr(module, "IMPORTS", False),
+        getattr(module, "CACHE", "") == "hot",
         _missing(getattr(module, "REQUIRES", ()), getattr(module, "PROGRAMS", ())),
         module,
     )

@@ -10,8 +10,12 @@ TITLE = "fastload prefetch"
 VERIFIES = "sha256"
 
 
+def script() -> list[str]:
+    """Return the script beside this Python, or the module where it is not installed."""
+    installed = Path(sys.executable).with_name("fastload")
+    return [str(installed)] if installed.exists() else [sys.executable, "-m", "fastload"]
+
+
 def command(job: dict[str, Any]) -> list[str]:
-    """Return the command: the script beside this Python, or the module where it is not installed."""
-    script = Path(sys.executable).with_name("fastload")
-    own = [str(script)] if script.exists() else [sys.executable, "-m", "fastload"]
-    return [*own, "prefetch", "--quiet", job["repo"]]
+    """Return the command."""
+    return [*script(), "prefetch", "--quiet", job["repo"]]

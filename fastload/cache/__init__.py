@@ -14,7 +14,10 @@ the two trees entry by entry.
 """
 
 from .check import FileCheck, check_snapshot
-from .disk import cache_error, check_path, in_flight_link, is_in_flight
+from .disk import cache_error, check_path, in_flight_fd, in_flight_link, is_in_flight
 from .repo import RepoCache
 
-__all__ = ["FileCheck", "RepoCache", "cache_error", "check_path", "check_snapshot", "in_flight_link", "is_in_flight"]
+__all__ = [
+    "FileCheck", "RepoCache", "cache_error", "check_path", "check_snapshot", "in_flight_fd", "in_flight_link",
+    "is_in_flight",
+]  # fmt: skip

@@ -124,10 +124,17 @@ def in_flight_link(fd: int) -> str:
 
 def is_in_flight(path: Path) -> bool:
     """Tell whether *path* is such a link: whatever it leads to is not verified."""
+    return in_flight_fd(path) is not None
+
+
+def in_flight_fd(path: Path) -> int | None:
+    """Return the descriptor that *path* is such a link to, in the process that put it there; ``None``: it is none."""
     try:
-        return os.readlink(path).startswith(_OWN_FDS)
+        target = os.readlink(path)
     except OSError:
-        return False
+        return None
+    number = target.removeprefix(_OWN_FDS)
+    return int(number) if number != target and number.isdecimal() else None
 
 
 def has_no_symlinks(error: OSError) -> bool:

@@ -216,16 +216,15 @@ class Front:
         base = self._supervisor.base
         with self._supervisor.life.request():
             try:
-                response = await self._proxy.forward(request, base)
+                return await self._proxy.forward(request, base, self._answered)
             except TooLarge:
                 return self._refuse_large()
             except (aiohttp.ClientError, TimeoutError) as e:
-                self.counts.answers[502] += 1
-                if request.transport is None or request.transport.is_closing():
-                    raise
+                self._answered(502)
                 return _json({"error": f"the app did not answer: {e or type(e).__name__}"}, 502)
-            self.counts.answers[response.status] += 1
-            return response
+
+    def _answered(self, status: int) -> None:
+        self.counts.answers[status] += 1
 
     async def _hold(self) -> web.Response | None:
         """Wait until the app is ready, and wake it if need be; return the refusal if it is not to be."""

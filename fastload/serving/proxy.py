@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from ..errors import FastloadError
+from ..events import log
+from .tunnel import tunnel, wants_websocket
 
-#: Specified, RFC 9110, 7.6.1: what concerns one connection is not passed on. ``Expect`` was answered here.
+#: Specified, RFC 9110, 7.6.1: what concerns one connection is not passed on. ``Expect`` is answered here.
 _HOP_BY_HOP = (
     "Connection",
     "Keep-Alive",
@@ -31,6 +33,8 @@ _ASK_EVERY_S = 0.1
 _ANSWER_S = 5.0
 #: Guessed: how much of an answer that is no good is shown.
 _SHOWN_BYTES = 300
+#: Guessed: the longest line of a head, of requests and of answers; large cookies and policies have more than aiohttp's 8 KiB.
+LINE_BYTES = 1 << 16
 
 
 class TooLarge(Exception):
@@ -56,6 +60,8 @@ class Proxy:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,
+            max_line_size=LINE_BYTES,
+            max_field_size=LINE_BYTES,
         )
         return self
 
@@ -72,8 +78,13 @@ class Proxy:
 
     # -- requests of clients ------------------------------------------------------------------------------------------
 
-    async def forward(self, request: web.BaseRequest, base: str) -> web.StreamResponse:
-        """Let *base* answer *request*; body and answer are passed on as they come.
+    async def forward(
+        self, request: web.BaseRequest, base: str, answered: Callable[[int], object]
+    ) -> web.StreamResponse:
+        """Let *base* answer *request*; body and answer are passed on as they come, and all of a WebSocket.
+
+        Args:
+            answered: Told the status, as soon as there is one.
 
         Raises:
             TooLarge: The body is; nothing has been answered.
@@ -81,17 +92,26 @@ class Proxy:
         """
         if (request.content_length or 0) > self._body_bytes:
             raise TooLarge
+        headers = _passed_on(request)
+        upgrade = wants_websocket(request)
+        if upgrade:
+            headers[hdrs.CONNECTION], headers[hdrs.UPGRADE] = "Upgrade", "websocket"
         body = _Body(request, self._body_bytes) if request.body_exists else None
+        if body is not None:
+            await _let_come(request)
         try:
             async with self.session.request(
                 request.method,
                 URL(base + request.rel_url.raw_path_qs, encoded=True),
-                headers=_passed_on(request),
+                headers=headers,
                 data=None if body is None else body.read(),
                 allow_redirects=False,
                 skip_auto_headers=_NOT_ADDED,
             ) as answer:
-                return await _relay(request, answer)
+                if answer.status == 101 and not upgrade:
+                    raise aiohttp.ClientPayloadError("it switched protocols unasked")
+                answered(answer.status)
+                return await (_switch if answer.status == 101 else _relay)(request, answer)
         except aiohttp.ClientError:
             if body is not None and body.too_large:
                 raise TooLarge from None
@@ -156,6 +176,12 @@ class _Body:
             yield chunk
 
 
+async def _let_come(request: web.BaseRequest) -> None:
+    """Ask for a body that is held back until somebody wants it (RFC 9110, 10.1.1)."""
+    if request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
 def _passed_on(request: web.BaseRequest) -> CIMultiDict[str]:
     headers = _without_hops(request.headers)
     client = request.remote or "unknown"
@@ -167,11 +193,31 @@ def _passed_on(request: web.BaseRequest) -> CIMultiDict[str]:
 
 
 def _without_hops(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    rest: CIMultiDict[str] = CIMultiDict(headers)
+    rest = CIMultiDict((name, _writable(value)) for name, value in headers.items())
     named = [name.strip() for value in headers.getall(hdrs.CONNECTION, ()) for name in value.split(",")]
     for name in (*_HOP_BY_HOP, *named):
         rest.popall(name, None)
     return rest
+
+
+def _writable(value: str) -> str:
+    """Return the value of a header, with bytes that are no UTF-8 read as ISO 8859-1: aiohttp would leave them out."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode(errors="surrogateescape").decode("latin-1")
+    return value
+
+
+async def _switch(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    """Agree with the client to what the app has agreed to; return when their WebSocket is over."""
+    headers = _without_hops(answer.headers)
+    headers[hdrs.CONNECTION], headers[hdrs.UPGRADE] = "Upgrade", "websocket"
+    response = web.StreamResponse(status=101, reason=answer.reason, headers=headers)
+    response.force_close()
+    await response.prepare(request)
+    await tunnel(request, answer)
+    return response
 
 
 async def _relay(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -180,10 +226,14 @@ async def _relay(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> we
     try:
         async for chunk in answer.content.iter_any():
             await response.write(chunk)
-    except (aiohttp.ClientError, asyncio.CancelledError):
+    except (aiohttp.ClientError, asyncio.CancelledError) as e:
         # Too late for a status: a cut connection is how the client learns that this is not all.
         if request.transport is not None:
             request.transport.abort()
-        raise
+        if isinstance(e, asyncio.CancelledError):
+            raise
+        if not isinstance(e, aiohttp.ClientConnectionResetError):  # that is a client that has gone
+            log.warning("fastload serve: %s %s: the app cut its answer short", request.method, request.rel_url.raw_path)
+        return response
     await response.write_eof()
     return response

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Mapping
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from ..errors import FastloadError
+from ..events import log
 from .command import Weights
 from .front import Front
 from .options import Options
-from .proxy import Proxy
+from .proxy import LINE_BYTES, Proxy
 from .supervisor import Supervisor
 
 #: Reasoned: a body that is not read yet waits in the kernel and in this buffer, so a held request costs no more.
@@ -44,8 +47,11 @@ async def _serve(
                 front.answer,
                 handler_cancellation=True,
                 access_log=None,
+                logger=_logger(),
                 auto_decompress=False,
                 read_bufsize=_BUFFER_BYTES,
+                max_line_size=LINE_BYTES,
+                max_field_size=LINE_BYTES,
             ),
             handle_signals=False,
             shutdown_timeout=1.0,
@@ -59,6 +65,13 @@ async def _serve(
             front.close()
         finally:
             await runner.cleanup()
+
+
+def _logger() -> logging.Logger:
+    """Return the server's logger: a client that does not speak HTTP gets a 400, and is no error of ours."""
+    logger = logging.getLogger(f"{log.name}.server")
+    logger.filters = [lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))]
+    return logger
 
 
 async def _open(runner: web.ServerRunner, options: Options) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -187,6 +188,23 @@ async def test_twins_give_the_same(weights: Path, serve: Callable[..., Hub]) -> 
     async with fastload.astream("org/m", device="cuda", settings=QUICK) as stream:
         kept = {name: tensor async for name, tensor in stream}
     assert not wrong(kept, of(weights))
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_tensors_are_ready_on_the_stream_that_is_current_when_the_call_returns(
+    weights: Path, serve: Callable[..., Hub], cuda: Any, twin: bool
+) -> None:
+    serve(weights)
+    side = cuda.Stream()
+    with cuda.stream(side):
+        got = (
+            asyncio.run(fastload.aload_tensors("org/m", device="cuda", settings=QUICK))
+            if twin
+            else fastload.load_tensors("org/m", device="cuda", settings=QUICK)
+        )
+        copies = {name: tensor.clone() for name, tensor in got.items()}
+    side.synchronize()
+    assert not wrong(copies, of(weights))
 
 
 def test_failing_copy_fails_the_call(weights: Path, serve: Callable[..., Hub], fake: ModuleType) -> None:

@@ -190,6 +190,30 @@ def test_copies_begin_with_the_first_head_and_not_with_the_last(
         assert not wrong(waiting.result(), expected())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.float64])
+def test_bytes_of_whole_ranges_go_to_the_device_without_those_of_the_next(
+    start: Start, open_stream: Open, tmp_path: Path, dtype: Any
+) -> None:
+    folder, block = tmp_path / "ranges", 64 * KIB
+    tensors = {f"{i}": torch.full((50_000 + i,), i, dtype=torch.float32) for i in range(6)}
+    tensors["0"] = torch.full((25_000,), 0.5, dtype=torch.float64)
+    write(tensors, folder / "m.safetensors")
+    arrival = start(folder=folder)
+    stream = open_stream(arrival, dtype=dtype, pinned_bytes=SLOTS * block)
+    copied: list[int] = []
+    arrival.transfer.events.add(lambda e: copied.append(e.data["bytes"]) if e.name == "copy.finished" else None)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(stream.collect)
+        arrival.land_head("m.safetensors")
+        first = stream.info("0").span.start
+        for stop in range(block, 9 * block, block):
+            arrival.land("m.safetensors", stop - block, stop)
+            while sum(copied) < stop - first - 128:  # what is cast at once may stand across the end
+                assert not waiting.done()
+        arrival.finish()
+        assert not wrong(waiting.result(), tensors, dtype)
+
+
 def test_file_whose_head_comes_first_goes_first(start: Start, open_stream: Open) -> None:
     arrival = start()
     stream = open_stream(arrival)
@@ -357,6 +381,17 @@ def test_tensors_are_handed_out_before_the_device_has_done_anything(
     with fake.settings(hold_timeout_ms=20_000), fake.hold():
         got = dict(iter(stream))
         assert set(fake.peek(got["large"])) == {0xDB}  # fresh memory as it was
+    assert not wrong(got, expected())
+
+
+def test_device_is_never_waited_for_as_a_whole(start: Start, open_stream: Open, fake: ModuleType) -> None:
+    stream = open_stream(complete(start))
+    before = fake.stat("device_syncs")
+    got = stream.collect()
+    stream.close()
+    assert fake.stat("device_syncs") == before
+    torch.cuda.synchronize()
+    assert fake.stat("device_syncs") == before + 1
     assert not wrong(got, expected())
 
 

@@ -196,7 +196,7 @@ static _Thread_local enum cudaStreamCaptureMode t_capmode;
 
 static struct {
     int64_t copies[4], bytes[4], busy_ns[4], memsets, launches, emulated, host_fns, mallocs,
-        frees, host_allocs, host_frees, registers, unregisters, records, waits, syncs, queries,
+        frees, host_allocs, host_frees, registers, unregisters, records, waits, syncs, device_syncs, queries,
         pageable, blocking_copies, copy_calls;
 } st;
 
@@ -1516,6 +1516,7 @@ API cudaError_t cudaDeviceSynchronize(void)
     ENTER();
     lock();
     st.syncs++;
+    st.device_syncs++;
     sync_device(t_dev);
     unlock();
     return fail(g_sticky);
@@ -2237,6 +2238,7 @@ API long long fakecuda_stat(const char *name)
         {"mallocs", st.mallocs}, {"frees", st.frees}, {"host_allocs", st.host_allocs},
         {"host_frees", st.host_frees}, {"registers", st.registers}, {"unregisters", st.unregisters},
         {"records", st.records}, {"waits", st.waits}, {"syncs", st.syncs}, {"queries", st.queries},
+        {"device_syncs", st.device_syncs},
         {"pageable_copies", st.pageable}, {"blocking_copies", st.blocking_copies},
         {"device_used", g_used[t_dev]}, {"device_peak", g_peak[t_dev]}, {"host_used", g_host_used},
         {"host_peak", g_host_peak}, {"registered", g_registered}, {"violations", g_violations},

@@ -33,6 +33,11 @@ def of_torchao() -> Any:
     return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
 
 
+def of_quanto(weights: str) -> Any:
+    pytest.importorskip("optimum.quanto", reason="`tox run -e libraries` installs optimum-quanto")
+    return transformers.QuantoConfig(weights=weights)
+
+
 #: What is quantised, and how.
 CONFIGS: dict[str, Callable[[], Any]] = {
     "nf4": lambda: of_bitsandbytes(
@@ -44,11 +49,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "int8": lambda: of_bitsandbytes(load_in_8bit=True),
     "torchao": of_torchao,
 }
+#: What transformers quantises while it loads, and cannot save.
+UNSAVED: dict[str, Callable[[], Any]] = {
+    "quanto int8": lambda: of_quanto("int8"),
+    "quanto int4": lambda: of_quanto("int4"),
+    "quanto float8": lambda: of_quanto("float8"),
+}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *UNSAVED])
 def test_weights_are_quantised_while_they_load(tiny_model: Path, make_builder: Callable[..., Any], name: str) -> None:
-    options = {"quantization_config": CONFIGS[name](), "device_map": "cpu"}
+    options = {"quantization_config": (CONFIGS | UNSAVED)[name](), "device_map": "cpu"}
     same_as_plain(make_builder(Plugin), tiny_model, "AutoModelForCausalLM", **options)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,15 +31,27 @@ def fastload_observer(source, settings):
 """
 
 
-@pytest.fixture(scope="session")
-def good(tiny_model: Path) -> int:
-    """The token that transformers gives for TOKENS."""
-    import torch
-    from transformers import AutoModelForCausalLM
+#: Without fastload.
+REFERENCE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.inference_mode():
-        return int(model(torch.tensor([TOKENS])).logits[0, -1].argmax())
+with torch.inference_mode():
+    logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.tensor([json.loads(sys.argv[2])])).logits
+print(int(logits[0, -1].argmax()))
+"""
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> Iterator[Callable[[], int]]:
+    """Ask for the token that transformers gives for TOKENS; it is worked out while the first server starts."""
+    words = [sys.executable, "-c", REFERENCE, str(tiny_model), json.dumps(TOKENS)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        yield functools.cache(lambda: int(process.communicate(timeout=120)[0]))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
@@ -56,7 +72,7 @@ def make_stage(tiny_model: Path, make_hub: Callable[..., Hub], tmp_path: Path, r
             "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path / "home"),
             "PYTHONPATH": str(site), "WITNESS": str(tmp_path / "witness.jsonl"),
         }  # fmt: skip
-        return Stage(tmp_path / "app", environ, hub, tiny_model, request.getfixturevalue("good"))
+        return Stage(tmp_path / "app", environ, hub, tiny_model, request.getfixturevalue("reference"))
 
     return make
 

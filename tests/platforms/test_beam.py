@@ -14,8 +14,7 @@ from serving import MODEL, TOKENS, Server, Stage, free_port, needs, snippets, tr
 if TYPE_CHECKING:
     from beam_gateway import Gateway
 
-needs("beam-client", "beam")
-pytestmark = [pytest.mark.beam, pytest.mark.timeout(300)]
+pytestmark = [needs("beam-client", "beam"), pytest.mark.beam, pytest.mark.timeout(300)]
 
 #: The runner of endpoints, on loopback alone: it says [::] itself.
 ENDPOINT = """
@@ -42,25 +41,25 @@ def gateway() -> Iterator[Gateway]:
         yield started
 
 
-def serve(stage: Stage, gateway: Gateway, kind: str, handler: str, **changes: str) -> Server:
+def serve(stage: Stage, gateway: Gateway, kind: str, handler: str, *, workers: int = 1, **changes: str) -> Server:
     write("Beam", stage.folder, changes)
-    return start(stage, gateway, kind, handler)
+    return start(stage, gateway, kind, handler, workers)
 
 
-def container(stage: Stage, gateway: Gateway, kind: str, handler: str) -> dict[str, str]:
+def container(stage: Stage, gateway: Gateway, kind: str, handler: str, workers: int = 1) -> dict[str, str]:
     """Return the variables that Beam's worker sets."""
     return {
         **stage.environ, "CONTAINER_ID": "container-1", "CONTAINER_HOSTNAME": "host", "STUB_ID": "stub-1",
         "STUB_TYPE": f"{kind}/deployment", "BIND_PORT": str(free_port()), "HANDLER": f"app:{handler}", "ON_START": "app:load",
         "PYTHON_VERSION": "python3.11", "KEEP_WARM_SECONDS": "10", "TIMEOUT": "60", "CALLBACK_URL": "", "TASK_ID": "",
-        "WORKERS": "2", "GUNICORN_NO_WAIT": "true", "BETA9_TOKEN": "none", "BETA9_GATEWAY_HOST": "127.0.0.1",
+        "WORKERS": str(workers), "GUNICORN_NO_WAIT": "true", "BETA9_TOKEN": "none", "BETA9_GATEWAY_HOST": "127.0.0.1",
         "BETA9_GATEWAY_PORT": str(gateway.port),
     }  # fmt: skip
 
 
-def start(stage: Stage, gateway: Gateway, kind: str, handler: str) -> Server:
+def start(stage: Stage, gateway: Gateway, kind: str, handler: str, workers: int = 1) -> Server:
     """As the worker does: the module of the runner."""
-    environ = container(stage, gateway, kind, handler)
+    environ = container(stage, gateway, kind, handler, workers)
     words = ["-c", ENDPOINT] if kind == "endpoint" else ["-m", "beta9.runner.taskqueue"]
     return Server([sys.executable, *words], stage.folder, environ, int(environ["BIND_PORT"]))
 
@@ -70,7 +69,7 @@ def call(server: Server) -> Any:
 
 
 def test_two_workers_are_ready_before_the_first_answer_and_share_one_transfer(stage: Stage, gateway: Gateway):
-    with serve(stage, gateway, "endpoint", "predict") as server:
+    with serve(stage, gateway, "endpoint", "predict", workers=2) as server:
         server.wait("/health", lambda status, _: status == 200 and len(stage.processes) == 2)
         assert call(server) == (200, {"next": stage.good})
     assert stage.once

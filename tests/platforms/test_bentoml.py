@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from serving import MODEL, TOKENS, Server, Stage, free_port, needs, until, write
 
-needs("bentoml", "bentoml")
-pytestmark = [pytest.mark.bentoml, pytest.mark.timeout(300)]
+pytestmark = [needs("bentoml", "bentoml"), pytest.mark.bentoml, pytest.mark.timeout(300)]
 
 
 def serve(stage: Stage, **changes: str) -> Server:

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from serving import MODEL, TOKENS, Server, Stage, free_port, needs, write
 
-needs("kserve", "kserve")
-pytestmark = [pytest.mark.kserve, pytest.mark.timeout(300)]
+pytestmark = [needs("kserve", "kserve"), pytest.mark.kserve, pytest.mark.timeout(300)]
 
 PREDICT = "/v1/models/next-token:predict"
 
@@ -27,15 +26,7 @@ def ready(status: int, answer: Any) -> bool:
     return status == 200 and answer["ready"]
 
 
-def test_the_model_is_there_before_the_first_answer(stage: Stage):
-    with serve(stage) as server:
-        server.wait("/v2/models/next-token/ready", ready)
-        assert server.call(PREDICT, {"instances": [TOKENS]}) == (200, {"predictions": [stage.good]})
-    assert stage.once
-    assert stage.platforms == {"KServe"}
-
-
-def test_two_replicas_on_one_machine_share_one_transfer(stage: Stage):
+def test_two_replicas_have_the_model_before_the_first_answer_and_share_one_transfer(stage: Stage):
     """Not two workers: KServe kills a worker process that takes longer than 5 s to import torch."""
     with ExitStack() as stack:
         servers = [stack.enter_context(serve(stage)) for _ in range(2)]
@@ -44,6 +35,7 @@ def test_two_replicas_on_one_machine_share_one_transfer(stage: Stage):
             assert server.call(PREDICT, {"instances": [TOKENS]}) == (200, {"predictions": [stage.good]})
     assert len(stage.processes) == 2
     assert stage.once
+    assert stage.platforms == {"KServe"}
 
 
 def test_an_async_engine_is_awaited_on_the_servers_loop(stage: Stage):

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from serving import MODEL, TOKENS, Server, Stage, free_port, needs, write
 
-needs("mlserver", "mlserver")
-pytestmark = [pytest.mark.mlserver, pytest.mark.timeout(300)]
+pytestmark = [needs("mlserver", "mlserver"), pytest.mark.mlserver, pytest.mark.timeout(300)]
 
 INFER = {"inputs": [{"name": "tokens", "shape": [1, len(TOKENS)], "datatype": "INT64", "data": TOKENS}]}
 

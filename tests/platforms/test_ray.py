@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from serving import MODEL, TOKENS, Stage, free_port, needs, write
 
-needs("ray", "ray")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [needs("ray", "ray"), pytest.mark.ray, pytest.mark.timeout(400)]
 
 #: One machine's worth of Ray, without its dashboard; asks over HTTP, prints what came.
 DRIVER = """

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from serving import TOKENS, Server, Stage, free_port, needs, snippets, write
 
-needs("truss", "truss")
-pytestmark = [pytest.mark.truss, pytest.mark.timeout(300)]
+pytestmark = [needs("truss", "truss"), pytest.mark.truss, pytest.mark.timeout(300)]
 
 #: Truss renders what its image is built from, and this puts it where the Dockerfile would.
 RENDER = """
@@ -84,16 +83,7 @@ def serve(stage: Stage, rendered: Path, **changes: str) -> Server:
     return Server([sys.executable, "-c", MAIN], app, environ, port)
 
 
-def test_the_model_is_there_before_the_first_answer(stage: Stage, rendered: Path):
-    with serve(stage, rendered) as server:
-        server.wait(READY, lambda status, _: status == 200)
-        assert len(stage.processes) == 1
-        assert stage.once
-        assert server.call(f"{READY}:predict", {"tokens": TOKENS}) == (200, {"next": stage.good})
-    assert stage.platforms == {"Truss"}
-
-
-def test_two_replicas_on_one_machine_share_one_transfer(stage: Stage, rendered: Path):
+def test_two_replicas_have_the_model_before_the_first_answer_and_share_one_transfer(stage: Stage, rendered: Path):
     with ExitStack() as stack:
         servers = [stack.enter_context(serve(stage, rendered)) for _ in range(2)]
         for server in servers:
@@ -101,6 +91,7 @@ def test_two_replicas_on_one_machine_share_one_transfer(stage: Stage, rendered: 
             assert server.call(f"{READY}:predict", {"tokens": TOKENS}) == (200, {"next": stage.good})
     assert len(stage.processes) == 2
     assert stage.once
+    assert stage.platforms == {"Truss"}
 
 
 def test_a_failing_hook_is_tried_twice_and_ends_the_server(failing: Stage, rendered: Path):

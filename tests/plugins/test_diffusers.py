@@ -156,6 +156,18 @@ def test_options_of_from_pretrained_do_what_they_do(zoo: Any, builder: Builder, 
     assert diff_pipelines(pipeline, builder.plain(arrival, **options)) == []
 
 
+@pytest.mark.parametrize("option", ["torch_dtype", "dtype"])
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*upcast_vae:FutureWarning")  # diffusers' own, of its own call
+def test_a_type_for_each_component_paints_the_plain_image(zoo: Any, builder: Builder, option: str) -> None:
+    types = {"text_encoder": torch.float32, "default": HALF}
+    pipeline, arrival = builder.streamed(zoo("sdxl"), **{option: types})
+    plain = builder.plain(arrival, torch_dtype=types)
+    assert (plain.text_encoder.dtype, plain.text_encoder_2.dtype) == (torch.float32, HALF)
+    assert diff_pipelines(pipeline, plain) == []
+    assert torch.equal(image(pipeline), image(plain))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "torch.float16", {"unet": "float16"}], ids=str)
 def test_dtype_may_be_named(zoo: Any, builder: Builder, dtype: Any) -> None:
     pipeline, _ = builder.streamed(zoo("sd"), dtype=dtype)

@@ -21,9 +21,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402
 
 import fastload  # noqa: E402
 from fastload import plugins  # noqa: E402
-from fastload.errors import FormatError, PluginError, SettingsError, UnsupportedSourceError  # noqa: E402
+from fastload.errors import FormatError, IntegrityError, PluginError, SettingsError, UnsupportedSourceError  # noqa: E402
 from fastload.settings import Settings  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
+from fastload.testing import Fault  # noqa: E402
 from fastload.types import NeedBytes  # noqa: E402
 
 QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]  # those that the package can also write
@@ -208,6 +209,45 @@ def test_transformers_reads_the_gguf_file_that_it_is_told(
     )
     assert diff_models(model, plain) == []
     assert not hub.bytes_sent("other.gguf")
+
+
+def test_unchanged_transformers_code_gets_the_whole_gguf_file(
+    make_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    transformers = pytest.importorskip("transformers")
+    from accelerating import point_to
+    from compare import diff_models
+
+    config = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    files = {"config.json": config, "m.gguf": write_llama(tmp_path / "m.gguf"), "other.gguf": b"GGUF"}
+    hub = make_hub({"org/g": files})
+    point_to(hub, monkeypatch)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain = load("org/g", gguf_file="m.gguf", cache_dir=tmp_path / "plain")
+    hub.clear()
+    with fastload.accelerate():
+        ours = load("org/g", gguf_file="m.gguf", cache_dir=tmp_path / "ours")
+    assert diff_models(plain, ours) == []
+    assert [r.status for r in hub.requests if r.file == "m.gguf" and r.method == "GET"] == [
+        302,
+        206,
+    ]  # a range: it was us
+    assert not hub.bytes_sent("other.gguf")
+
+
+def test_a_gguf_file_that_is_always_wrong_is_refused_by_unchanged_code(
+    make_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    transformers = pytest.importorskip("transformers")
+    from accelerating import point_to
+
+    config = b'{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    hub = make_hub({"org/g": {"config.json": config, "m.gguf": write_llama(tmp_path / "m.gguf")}})
+    point_to(hub, monkeypatch)
+    hub.script(Fault("flip", path="m.gguf", times=None, offset=20_000))
+    with pytest.raises(IntegrityError, match=r"m\.gguf"), fastload.accelerate():
+        transformers.AutoModelForCausalLM.from_pretrained("org/g", gguf_file="m.gguf", cache_dir=tmp_path / "ours")
+    assert not list(tmp_path.rglob("snapshots/*/m.gguf"))
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
