@@ -40,7 +40,7 @@ from .errors import (
 )
 from .interception import AfterImport, rebind
 from .ondemand import OnDemand, Transfers, asked_for, end_all
-from .plainway import checked
+from .plainway import checked, identity
 from .plan import is_weight
 from .readers import lets_os_errors_through, reads_by_safe_open
 from .settled import Place
@@ -196,14 +196,16 @@ def _download(real: Any, module: ModuleType, args: tuple[Any, ...], kwargs: dict
 
 
 def _fetch(real: Any, module: ModuleType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    started_s = time.time()
+    started_s, verified = time.time(), None
     if kwargs.keys() >= _READ:
-        early = _unless_odd(kwargs, lambda: not args and _is_ours(kwargs, module) and _prepare(real, module, kwargs))
-        if not early and not kwargs["dry_run"] and kwargs["repo_type"] in (None, "model"):
+        brought = _unless_odd(kwargs, lambda: not args and _is_ours(kwargs, module) and _prepare(real, module, kwargs))
+        if brought:
+            verified = identity(brought)
+        elif not kwargs["dry_run"] and kwargs["repo_type"] in (None, "model"):
             _unless_odd(kwargs, lambda: Place(kwargs).land())
     else:
         _warn(f"huggingface_hub asks without arguments that it had ({', '.join(sorted(_READ - kwargs.keys()))})")
-    return checked(lambda: real(*args, **kwargs), str(kwargs.get("filename")), started_s, _warn)
+    return checked(lambda: real(*args, **kwargs), str(kwargs.get("filename")), started_s, _warn, verified)
 
 
 def _unless_odd(kwargs: Mapping[str, Any], step: Callable[[], Any]) -> Any:
@@ -252,15 +254,15 @@ def _has_own_client() -> bool:
 # -- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> bool:
-    """Bring the file where the real function looks for it, complete or, then True, in flight."""
-    path, repo = kwargs["filename"], kwargs["repo_id"]
+def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> Path | None:
+    """Bring the file where the real function looks for it, verified or in flight; return that place if it is there."""
+    path, repo = str(kwargs["filename"]), kwargs["repo_id"]
     reader = reads_by_safe_open(repo)
     place = Place(kwargs)
     if place.flying() is not None and reader:
-        return True
+        return place.pointer
     if place.settled:
-        return False
+        return None
     asked = _asked(module, kwargs)
     transfer = _state.transfers.started(asked, path)
     if transfer is None and is_weight(path):
@@ -270,25 +272,25 @@ def _prepare(real: Any, module: ModuleType, kwargs: dict[str, Any]) -> bool:
         if transfer is None or not transfer.known:
             if reader:  # its weights will be asked for: let the process start, and the hub list them, meanwhile
                 _state.transfers.begin(asked)
-            return False
+            return None
     snapshot = transfer.snapshot()
     if not transfer.has(path):
-        return False
+        return None
     symlinks = asked.settings.symlinks
     size = transfer.size(path)
     if reader and symlinks and path.endswith(".safetensors") and size > _LEAST_IN_FLIGHT_BYTES:
         pinned = {**kwargs, "revision": snapshot.commit}
         try:
             if transfer.give(path, lambda over: _plainly(real, {**pinned, "force_download": over}), _warn):
-                return True
+                return snapshot.path / path
         except OSError as e:
             if isinstance(e, FastloadError):
                 raise
-    _deliver(transfer, asked, path, size, kwargs["tqdm_class"])
-    return False
+    brought = _deliver(transfer, asked, path, size, kwargs["tqdm_class"])
+    return snapshot.path / path if brought else None
 
 
-def _deliver(transfer: OnDemand, asked: Asked, path: str, size: int, tqdm_class: Any) -> None:
+def _deliver(transfer: OnDemand, asked: Asked, path: str, size: int, tqdm_class: Any) -> bool:
     bar = _progress_bar(tqdm_class, path, size)
     done = 0
 
@@ -301,9 +303,11 @@ def _deliver(transfer: OnDemand, asked: Asked, path: str, size: int, tqdm_class:
             transferred(count)
 
     try:
-        if not transfer.deliver(path, progress):  # it had ended, because nobody wanted anything
-            _state.transfers.begin(asked).deliver(path, progress)
+        brought = transfer.deliver(path, progress)
+        if not brought:  # it had ended, because nobody wanted anything
+            brought = _state.transfers.begin(asked).deliver(path, progress)
         progress(size)
+        return brought
     finally:
         bar.close()
 

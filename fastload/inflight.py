@@ -110,11 +110,20 @@ class InFlight(Route):
         """Tell whether nothing more will happen to the file."""
         return self.file.view.ready or self.file.view.error is not None
 
+    @property
+    def doomed(self) -> Exception | None:
+        """Why it will not come, if that is known: there is no other way for a file whose transfer met wrong bytes."""
+        if self.failure is not None or self.file.view.ready:
+            return self.failure
+        error = self.file.view.error or self._transfer.error
+        return error if isinstance(error, IntegrityError) else None
+
     def close(self) -> None:
         """Let go of the file; if it is not there by now, no link to it stays. Handles stay usable."""
         with self._closing:  # not the other lock, under which somebody may be downloading
             self.unlink()
             self._stack.close()
+            self._fd = -1  # the number, and a link with it, may be another one's from now on
 
     def unlink(self) -> None:
         """Take the link away, if it is there. Who was given its path gets to the file by its name."""
@@ -153,10 +162,10 @@ class InFlight(Route):
 
         Raises:
             IntegrityError: It was the last one, and the file is not what it should be.
-            FastloadError: The plain way has been gone: nobody compares any more what landed on ours.
+            FastloadError: The plain way has brought the file: nobody compares any more what landed on ours.
         """
         with self._lock:
-            if self._final is not None or self.failure is not None:
+            if self._final is not None:
                 raise FastloadError(f"{self.file.path} came another way")
             self._taken.add(name)
             last = len(self._taken) == len(self.file.tensors())

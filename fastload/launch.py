@@ -144,6 +144,8 @@ class _Transfers:
                     serving = group.create_task(self._host.serve())
                 for source, revision in sources:
                     arrived = asyncio.Event()
+                    if self._host is not None:
+                        self._host.begins(source)
                     group.create_task(self._one(source, revision, common, arrived))
                     await arrived.wait()  # the program needs the first one first
                 self._arrived = True

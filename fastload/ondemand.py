@@ -234,6 +234,8 @@ class Transfers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[tuple[Any, ...], OnDemand] = {}
+        #: Those that have ended and for which others were begun; their files that failed still have routes.
+        self._replaced: list[OnDemand] = []
 
     def find(self, asked: Asked) -> OnDemand | None:
         """Return the one that has been begun for this, if it takes wishes."""
@@ -256,6 +258,8 @@ class Transfers:
             key = (os.getpid(), *asked.key)
             transfer = self._open.get(key)
             if transfer is None or transfer.over:
+                if transfer is not None:
+                    self._replaced.append(transfer)
                 transfer = self._open[key] = OnDemand(asked)
             return transfer
 
@@ -290,7 +294,8 @@ class Transfers:
     def take(self) -> list[OnDemand]:
         """Return all, and know none any more."""
         with self._lock:
-            transfers, self._open = list(self._open.values()), {}
+            transfers = [*self._replaced, *self._open.values()]
+            self._replaced, self._open = [], {}
         return transfers
 
 

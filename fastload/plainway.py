@@ -35,18 +35,36 @@ def check_digest(path: Path, name: str, digest: Digest | None) -> None:
         raise mismatch(name, digest, hasher.actual, "the plain way", final=True)
 
 
-def checked(plain: Callable[[], Any], name: str, started_s: float, warn: Callable[[str], object]) -> Any:
+def identity(path: Path) -> tuple[int, ...] | None:
+    """Return what changes with the file at *path* whenever somebody writes or replaces it; ``None`` while it arrives."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    known = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return None if is_in_flight(path) else known
+
+
+def checked(
+    plain: Callable[[], Any],
+    name: str,
+    started_s: float,
+    warn: Callable[[str], object],
+    verified: tuple[int, ...] | None = None,
+) -> Any:
     """Return the path that *plain* returns; a file that it downloaded is hashed, and fetched once more if it is wrong.
 
     Args:
         started_s: Wall clock; what changed after it is new.
+        verified: The :func:`identity` of a file that need not be hashed again.
 
     Raises:
         IntegrityError: It was wrong twice, and is removed.
     """
     result = plain()
     try:
-        _check(result, started_s)
+        if verified is None or not isinstance(result, str) or identity(Path(result)) != verified:
+            _check(result, started_s)
         return result
     except IntegrityError as e:
         warn(f"{name}: {e.message}")

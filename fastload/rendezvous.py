@@ -139,7 +139,12 @@ class Host:
         self._listener = listener
         self._feeds: dict[str, asyncio.Future[Feed]] = {source: loop.create_future() for source in sources}
         self._left = set(sources)
+        self._begun: set[str] = set()
         self.heard = asyncio.Event()
+
+    def begins(self, source: str) -> None:
+        """Say that *source* is about to be fetched: who asks for it is answered. One that waits for its turn is not."""
+        self._begun.add(source)
 
     def feed(self, source: str, feed: Feed) -> None:
         """Say who tells of *source*."""
@@ -179,7 +184,7 @@ class Host:
         import asyncio
 
         waiting = self._feeds.get(call["source"])
-        if waiting is None:
+        if waiting is None or call["source"] not in self._begun:
             return
         await asyncio.wait({waiting})
         feed = None if waiting.cancelled() else waiting.result()
@@ -255,7 +260,12 @@ class Joined:
                     for line in lines:
                         if line.endswith(b"\n"):  # else it was killed in the middle of a word
                             self._transfer.apply(json.loads(line))
-        except (OSError, ValueError, KeyError, TypeError):  # it has ended, or is of another version and speaks otherwise
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # it has ended, or is another version's, and speaks otherwise
             pass
         with self._lock:
             if self._transfer.finished or self._transfer.error is not None:

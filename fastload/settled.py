@@ -45,7 +45,9 @@ class Place:
         route = named(pointer) if pointer is not None and is_in_flight(pointer) else None
         if not isinstance(route, InFlight):
             return None
-        if route.failure is not None:
+        error = route.doomed
+        if error is not None:
+            route.heard(error)  # whoever asks again hears how that ends
             route.close()
             return None
         return route

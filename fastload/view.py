@@ -162,14 +162,20 @@ class FileView:
         self._used = True
 
     def ask(self, span: ByteRange) -> None:
-        """Ask the owner to fetch *span* next, without waiting; nothing is asked while there is no file to open."""
-        if not self.known or self.error is not None:
+        """Ask the owner to fetch *span* next, without waiting and without keeping anything open; never raises."""
+        places = self._places
+        if places is None or self.ready or self.error is not None:
             return
-        self.open()
-        journal = self._journal
-        hole = None if journal is None or self.ready else journal.hole(span)
-        if journal is not None and hole is not None:
-            journal.demand(hole)
+        try:
+            journal = Journal.open(places[1])
+        except (OSError, CacheError):  # published this moment, or damaged: who waits for it will know
+            return
+        try:
+            hole = journal.hole(span)
+            if hole is not None:
+                journal.demand(hole)
+        finally:
+            journal.close()
 
     def _wait_for(self, span: ByteRange, journal: Journal) -> None:
         clock = self._transfer.events.clock

@@ -25,7 +25,7 @@ from huggingface_hub import errors as hub_errors  # noqa: E402
 from huggingface_hub import file_download  # noqa: E402
 
 import fastload  # noqa: E402
-from fastload import dropin, inflight, ondemand, readers, router, starting  # noqa: E402
+from fastload import dropin, inflight, ondemand, plainway, readers, router, starting  # noqa: E402
 from fastload.errors import DownloadError, FastloadWarning, IntegrityError, SettingsError  # noqa: E402
 from fastload.testing import Fault, Hub  # noqa: E402
 
@@ -140,6 +140,19 @@ def test_hf_hub_download_returns_the_same_path_to_a_whole_file(hub: Hub, model: 
         assert Path(ours).read_bytes() == (model / name).read_bytes()  # whole at once: anybody may open it in any way
     assert Path(ours).relative_to(tmp_path / "ours") == Path(plain).relative_to(tmp_path / "plain")
     assert tree(tmp_path / "plain") == tree(tmp_path / "ours")
+
+
+def test_what_was_verified_as_it_came_is_not_hashed_again(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hashed: list[str] = []
+    real = plainway.check_digest
+    monkeypatch.setattr(
+        plainway, "check_digest", lambda path, name, digest: (hashed.append(name), real(path, name, digest))
+    )
+    with fastload.accelerate():
+        huggingface_hub.hf_hub_download("org/model", WEIGHTS, cache_dir=tmp_path)
+        assert not hashed
+        huggingface_hub.hf_hub_download("org/model", WEIGHTS, cache_dir=tmp_path, force_download=True)
+        assert hashed == [WEIGHTS]  # that one came the plain way
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ async def hosting(monkeypatch: pytest.MonkeyPatch, *sources: str) -> AsyncIterat
     monkeypatch.setenv(rendezvous.VARIABLE, name)
     async with asyncio.TaskGroup() as group:
         host = Host(listener, sources or (SOURCE,))
+        host.begins((sources or (SOURCE,))[0])
         serving = group.create_task(host.serve())
         yield host
         serving.cancel()
@@ -92,6 +93,11 @@ async def test_what_has_ended_is_told_to_whoever_comes_later(hub: Hub, monkeypat
         tensors = await fastload.aload_tensors(SOURCE)
     assert tensors
     assert not hub.requests
+
+
+async def test_a_load_does_not_wait_for_a_transfer_that_waits_for_its_turn(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    async with hosting(monkeypatch, "org/first", SOURCE):
+        assert await fastload.aload_tensors(SOURCE)
 
 
 async def test_who_asks_again_asks_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch):
@@ -195,7 +201,9 @@ def test_where_the_other_process_dies_another_one_goes_on(hub: Hub, monkeypatch:
     assert tensors
 
 
-@pytest.mark.parametrize("said", [b"what?\n", b"[]\n", b'{"kind": "ready", "file": "another"}\n', b'{"kind": "manifest"}\n'])
+@pytest.mark.parametrize(
+    "said", [b"what?\n", b"[]\n", b'{"kind": "ready", "file": "another"}\n', b'{"kind": "manifest"}\n']
+)
 def test_where_the_other_process_speaks_otherwise_another_one_goes_on(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, said: bytes
 ):

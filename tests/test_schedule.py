@@ -148,3 +148,19 @@ def test_small_pieces_stay_as_they_are_at_the_end():
     schedule = Schedule(shards=2)
     schedule.add_large(download("a", 5))
     assert taken(schedule) == [f"a{n}" for n in range(5)]
+
+
+def test_the_heads_of_many_files_are_small_and_do_not_keep_the_first_tensor_waiting():
+    schedule = Schedule(shards=2)
+    piece, names = 8 << 20, [f"{n:03}" for n in range(100)]
+    files = [download(name, 0) for name in names]
+    for made in files:
+        made.pending = deque([ByteRange(0, 4 * piece)])
+        made.journal.demands.append(0)  # type: ignore[union-attr]
+        schedule.add_large(made)
+    heads = [schedule.next(piece) for _ in range(50)]
+    assert [job[0].paths[0] for job in heads if job is not None] == names[:50]
+    assert all(job is not None and job[1] == ByteRange(0, 1 << 20) for job in heads)
+    files[0].journal.demands.append(3 * piece)  # type: ignore[union-attr]
+    assert schedule.next(piece) == (files[0], ByteRange(3 * piece, 4 * piece))
+    assert sum(len(job[1]) for job in iter(lambda: schedule.next(piece), None)) == 100 * 4 * piece - (50 << 20) - piece
