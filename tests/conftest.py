@@ -6,6 +6,7 @@ import atexit
 import inspect
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 
 pytest_plugins = ["testbed.pytest_plugin"]
+
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and so would the programs of our tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: How the tests themselves are run, not how fastload behaves.
 _KEPT = {
