@@ -17,8 +17,11 @@ import pytest
 
 pytest_plugins = ["testbed.pytest_plugin"]
 
-# A shell without job control lets what it starts in the background ignore Ctrl-C, and so would the programs of our tests.
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and nohup a hangup; so would the programs of
+# our tests. Handlers are not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 #: How the tests themselves are run, not how fastload behaves.
 _KEPT = {
