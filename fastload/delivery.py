@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,30 +62,41 @@ class Delivery:
         self._landing = Landing(settings, events, fetcher, pools, self._range_bytes)
         self._at_once = asyncio.Semaphore(_OPEN_DOWNLOADS)
         self._left = 0
-        self._turns = Turns(())
+        self._turns = Turns((), self._small_bytes)
         self.published: list[tuple[Download, Path]] = []
         self.found: list[Path] = []
 
-    async def run(self, downloads: list[Download]) -> None:
+    async def run(self, downloads: list[Download], beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Deliver all of *downloads*; return when the last one is verified and in the cache.
 
         With wishes: those that are wanted, until none has been for a while.
+
+        Args:
+            beside: Awaited too, but not before weights have been asked for, if any will be.
         """
         self._left = len(downloads)
-        self._turns = Turns(downloads if self._wishes is None else ())
+        self._turns = Turns(downloads if self._wishes is None else (), self._small_bytes)
         try:
             async with asyncio.TaskGroup() as group:
                 for download in downloads:
                     group.create_task(self._see_through(download))
                 if downloads:
-                    self._landing.start(group)
+                    self._landing.start(group, lambda: self._turns.large_ones_come)
+                else:
+                    self._landing.end()
+                if beside is not None:
+                    group.create_task(self._once_begun(beside))
                 if self._wishes is not None:
                     group.create_task(self._wishes.end_when_idle(self._sleep))
         except BaseException:
-            await self._pools.off(close_all, downloads)
+            await self._pools.surely(close_all, downloads)
             raise
         finally:
             self._landing.close()
+
+    async def _once_begun(self, beside: Callable[[], Awaitable[None]]) -> None:
+        await self._landing.begun.wait()
+        await beside()
 
     # -- one file ----------------------------------------------------------------------------------------------------
 
@@ -129,6 +140,7 @@ class Delivery:
             look = await self._pools.off(download.look, self._offline, self._small_bytes)
             if look.places is not None:
                 self._turns.over(download)
+                self._landing.more()
             if look.places is not None and await self._sound(download, look.untrusted):
                 if not planned:
                     self._plan(download, "cached")
@@ -138,6 +150,7 @@ class Delivery:
                 planned = True
             if not look.owned or download.size <= self._small_bytes:
                 self._turns.over(download)
+                self._landing.more()
             if look.owned and look.places is None:
                 return None
             if self._offline and look.places is None:

@@ -52,8 +52,14 @@ class Rarely:
                 gc.set_threshold(*_RARE)
 
     def end(self) -> None:
-        """Let the interpreter collect as the program had it; harmless when repeated."""
+        """Let the interpreter collect as the program had it; harmless when repeated.
+
+        What is there grows old at once: or else the next collection, this call's, would look at all that imports have made.
+        """
         with self._lock:
+            if self._before is not None and gc.get_freeze_count() == 0:  # else somebody's own would thaw
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation; neither looks at an object
             self._restore()
 
     def _restore(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from .concurrency import Concurrency
 from .digest import Hasher
@@ -36,6 +36,7 @@ class Landing:
 
     Attributes:
         schedule: What is to be fetched; call :meth:`more` after adding to it.
+        begun: Set once a large file has been asked for, or it is clear that none will be.
     """
 
     def __init__(self, settings: Settings, events: Events, fetcher: Fetcher, pools: Pools, range_bytes: int) -> None:
@@ -51,9 +52,16 @@ class Landing:
         self._flights = Flights(events.clock)
         self._more = asyncio.Event()
         self._over = asyncio.Event()
+        self._large_ones_come: Callable[[], bool] = lambda: False
+        self.begun = asyncio.Event()
 
-    def start(self, group: asyncio.TaskGroup) -> None:
-        """Begin; all tasks live in *group*."""
+    def start(self, group: asyncio.TaskGroup, large_ones_come: Callable[[], bool]) -> None:
+        """Begin; all tasks live in *group*.
+
+        Args:
+            large_ones_come: Tells whether large files may soon be in the schedule; call :meth:`more` when that changes.
+        """
+        self._large_ones_come = large_ones_come
         for index in range(self._most):
             group.create_task(self._work(index, group))
         group.create_task(self._oversee())
@@ -66,6 +74,7 @@ class Landing:
         """Nothing will come any more."""
         self._over.set()
         self._more.set()
+        self.begun.set()
 
     def close(self) -> None:
         """Give the memory back; all tasks must have ended."""
@@ -101,7 +110,7 @@ class Landing:
         """One connection's worth of work: take a range, fetch it, hand it on, take the next."""
         while not self._over.is_set():
             slot = await self._ring.acquire() if index < self._concurrency.limit else None
-            job = self.schedule.next(self._piece_bytes()) if slot is not None else None
+            job = self._next(index) if slot is not None else None
             if slot is not None and job is not None:
                 download, span = job
                 if download.done is None:
@@ -114,6 +123,17 @@ class Landing:
             if not self._over.is_set():
                 self._more.clear()
                 await self._more.wait()
+
+    def _next(self, index: int) -> tuple[Download, ByteRange] | None:
+        """Take work for connection *index*: the first one brings weights while the others still bring small files.
+
+        Else the first byte of weights would wait for a round trip or more, as small files are found first.
+        """
+        come = self._large_ones_come()
+        job = self.schedule.next(self._piece_bytes(), large_first=index == 0, large_ones_come=come)
+        if not come or (job is not None and job[0].done is None):
+            self.begun.set()
+        return job
 
     async def _receive(self, download: Download, span: ByteRange, fill: Fill) -> bool:
         """Fetch *span* into *fill*; False: the connection was too slow and is gone, what it brought is in *fill*."""

@@ -2,49 +2,39 @@
 
 The sync ones run the engine in a child process (``prefetch``: in a thread) and build in the caller's thread; the twins run
 it in the caller's event loop and build in a worker thread. Everything else is shared.
+
+Little is imported with this module: the rest is, while the first call's child comes up (:mod:`fastload.opening`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import running as transfers
-from .asking import Asked, LockLike, SettingsLike, ask
-from .events import Observer
-from .inloop import in_loop, in_thread
-from .listing import list_files
-from .loading import Loading
-from .running import Running
-from .tensors import AsyncTensorStream, TensorStream
-from .types import Manifest, Snapshot
+from .opening import aopened, asking, in_thread, opened
 from .unawaited import warns_unawaited
 
 if TYPE_CHECKING:
     import torch
 
+    from .asking import LockLike, SettingsLike
+    from .events import Observer
+    from .running import Running
+    from .tensors import AsyncTensorStream, TensorStream
+    from .types import Manifest, Snapshot
+
 
 def resolve(source: str, *, revision: str | None = None, settings: SettingsLike = None) -> Manifest:
     """Return the list of all files of *source* with sizes and digests: one metadata request, nothing is fetched."""
+    from .asking import ask
+    from .listing import list_files
+
     return list_files(ask(source, revision=revision, settings=settings))
 
 
 # -- sync -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _loading(asked: Asked) -> Iterator[Loading]:
-    """Join the transfer that ``start`` began for this, or begin one in a child process; end it with the block."""
-    running = transfers.join(asked) or Running(asked, process=True)
-    loading = Loading(asked, running.transfer)
-    try:
-        with loading:
-            yield loading
-    finally:
-        running.cancel()
 
 
 def load(
@@ -82,12 +72,11 @@ def load(
     Raises:
         FastloadError: See :mod:`fastload.errors`; what has landed is kept.
     """
-    asked = ask(
+    with opened(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
         options=options, framework=framework,
-    )  # fmt: skip
-    with _loading(asked) as loading:
-        return loading.build(framework, device, dtype, asked.options)
+    ) as loading:  # fmt: skip
+        return loading.build(framework, device, dtype)
 
 
 def load_tensors(
@@ -107,10 +96,9 @@ def load_tensors(
     On the CPU, without ``dtype``, they are views of private (copy-on-write) mappings of the cached files: writing to one
     changes neither the file nor another tensor. Arguments and errors as :func:`load`.
     """
-    asked = ask(
+    with opened(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
-    )
-    with _loading(asked) as loading:
+    ) as loading:
         return loading.tensors(device, dtype)
 
 
@@ -135,10 +123,12 @@ def stream(
     Raises:
         IntegrityError: Tensors that were handed out did not match the digest: throw them away.
     """
-    asked = ask(
-        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
-    )
-    with _loading(asked) as loading, loading.stream(device, dtype) as tensors:
+    with (
+        opened(
+            source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+        ) as loading,
+        loading.stream(device, dtype) as tensors,
+    ):
         yield tensors
 
 
@@ -157,6 +147,10 @@ def prefetch(
     Args:
         files: Shell patterns; ``None``: everything that the repository holds. All else as :func:`load`.
     """
+    from .asking import ask
+    from .loading import Loading
+    from .running import Running
+
     asked = ask(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
         everything=True,
@@ -192,38 +186,16 @@ def start(
     Args:
         options: Those of ``load``'s that choose files matter: framework, variant, subfolder, use_safetensors.
     """
-    return transfers.begin(
-        ask(
-            source,
-            revision=revision,
-            files=files,
-            mirrors=mirrors,
-            settings=settings,
-            observers=observers,
-            lock=lock,
-            framework=options.pop("framework", None),
-            options=options,
-        )
-    )
+    with asking(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        framework=options.pop("framework", None), options=options,
+    ) as (asked, standby):  # fmt: skip
+        from .running import begin
+
+        return begin(asked, standby)
 
 
 # -- asyncio --------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def _aloading(asked: Asked, *, settle: bool = False) -> AsyncIterator[Loading]:
-    """As :func:`_loading`, with the engine in the running loop."""
-    running = await asyncio.to_thread(transfers.join, asked)
-    if running is not None:
-        try:
-            with Loading(asked, running.transfer) as loading:
-                yield loading
-        finally:
-            await asyncio.shield(asyncio.to_thread(running.cancel))
-    else:
-        async with in_loop(asked, settle=settle) as transfer:
-            with Loading(asked, transfer) as loading:
-                yield loading
 
 
 @warns_unawaited
@@ -242,12 +214,11 @@ async def aload(
     **options: Any,
 ) -> Any:
     """As :func:`load`, in the running event loop; the framework builds in a worker thread."""
-    asked = await asyncio.to_thread(
-        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+    async with aopened(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
         options=options, framework=framework,
-    )  # fmt: skip
-    async with _aloading(asked) as loading:
-        return await in_thread(loading.transfer, loading.build, framework, device, dtype, asked.options)
+    ) as loading:  # fmt: skip
+        return await in_thread(loading, loading.build, framework, device, dtype)
 
 
 @warns_unawaited
@@ -264,11 +235,10 @@ async def aload_tensors(
     lock: LockLike = None,
 ) -> dict[str, torch.Tensor]:
     """As :func:`load_tensors`, in the running event loop."""
-    asked = await asyncio.to_thread(
-        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
-    )
-    async with _aloading(asked) as loading:
-        return await in_thread(loading.transfer, loading.tensors, device, dtype)
+    async with aopened(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    ) as loading:
+        return await in_thread(loading, loading.tensors, device, dtype)
 
 
 @asynccontextmanager
@@ -285,14 +255,17 @@ async def astream(
     lock: LockLike = None,
 ) -> AsyncIterator[AsyncTensorStream]:
     """As :func:`stream`, in the running event loop: ``async with``, ``async for``, ``await weights.get_tensor(name)``."""
-    asked = await asyncio.to_thread(
-        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
-    )
-    async with _aloading(asked) as loading:
+    async with aopened(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
+    ) as loading:
+        import asyncio
+
+        from .tensors import AsyncTensorStream
+
         tensors = AsyncTensorStream(loading.open_stream(device, dtype))
         try:
             yield tensors
-            await in_thread(loading.transfer, loading.verify_delivered)
+            await in_thread(loading, loading.verify_delivered)
         finally:
             await asyncio.shield(asyncio.to_thread(tensors.close))
 
@@ -309,9 +282,8 @@ async def aprefetch(
     lock: LockLike = None,
 ) -> Snapshot:
     """As :func:`prefetch`, in the running event loop."""
-    asked = await asyncio.to_thread(
-        ask, source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
-        everything=True,
-    )  # fmt: skip
-    async with _aloading(asked, settle=True) as loading:
-        return await in_thread(loading.transfer, loading.snapshot)
+    async with aopened(
+        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
+        everything=True, settle=True,
+    ) as loading:  # fmt: skip
+        return await in_thread(loading, loading.snapshot)

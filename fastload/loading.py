@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,7 @@ class Loading:
         collected: dict[str, torch.Tensor] = self._verified(collect)
         return collected
 
-    def build(self, framework: str | None, device: Any, dtype: Any, options: Mapping[str, Any]) -> Any:
+    def build(self, framework: str | None, device: Any, dtype: Any) -> Any:
         """Return what the framework's plugin builds, everything under it verified."""
         self._import_early()
 
@@ -139,7 +139,7 @@ class Loading:
                         framework=framework,
                         snapshot=snapshot,
                         stream=stream,
-                        options={**options, "device": device, "dtype": dtype},
+                        options={**self._asked.options, "device": device, "dtype": dtype},
                     )
                     stream.settle()
                     return built

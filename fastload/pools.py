@@ -38,6 +38,12 @@ class Pools:
         """Run *function*, which waits for the disk, in a thread; being cancelled waits for its end."""
         return await _run(self._disk, function, *args)
 
+    async def surely(self, function: Callable[..., T], *args: object) -> T:
+        """As :meth:`off`, for what must run: being cancelled does not keep it from beginning either."""
+        work = self._disk.submit(function, *args)
+        await outlast(work)
+        return work.result()
+
     async def unbroken(self, writing: Callable[[Executor], Awaitable[None]]) -> None:
         """Await *writing*, which gets the disk's threads, to its end, however often this task is cancelled meanwhile.
 

@@ -16,10 +16,11 @@ from .events import Events, Observer, log
 from .garbage import rarely
 from .rendezvous import Joined, call
 from .settings import Settings
+from .standby import Standby
 from .sync import InThread
 from .transfer import Transfer
 from .types import Snapshot
-from .worker import Child, executable
+from .worker import Child
 
 
 class _Carrier(Protocol):
@@ -53,17 +54,24 @@ class Running:
     """
 
     def __init__(
-        self, asked: Asked, *, process: bool, settle: bool = False, connection: socket.socket | None = None
+        self,
+        asked: Asked,
+        *,
+        process: bool,
+        settle: bool = False,
+        connection: socket.socket | None = None,
+        standby: Standby | None = None,
     ) -> None:
         self._asked = asked
-        self._users = 0
         self.transfer = Transfer(Events(keep=True))
-        self._carrier = self._carry(process, settle, connection)
+        self._carrier = self._carry(process, settle, connection, standby)
         with _lock:
             _at_work[:] = [running for running in _at_work if not running._carrier.ended]
             _at_work.append(self)
 
-    def _carry(self, process: bool, settle: bool, connection: socket.socket | None) -> _Carrier:
+    def _carry(
+        self, process: bool, settle: bool, connection: socket.socket | None, standby: Standby | None
+    ) -> _Carrier:
         asked = self._asked
         if deliver(asked.request, asked.settings, asked.pm, self.transfer.apply):
             if connection is not None:
@@ -71,15 +79,13 @@ class Running:
             return _Nobody()
         if connection is not None:
             return Joined(asked, self.transfer, connection, lambda: self._make(process, settle))
-        return self._make(process, settle)
+        return self._make(process, settle, standby)
 
-    def _make(self, process: bool, settle: bool) -> _Carrier:
+    def _make(self, process: bool, settle: bool, standby: Standby | None = None) -> _Carrier:
         asked = self._asked
         if process and asked.settings.process:
             try:
-                if executable() is None:
-                    raise OSError("there is no Python to run it")
-                return Child(asked.request, asked.settings, self.transfer)
+                return Child(asked.request, asked.settings, self.transfer, standby)
             except OSError as e:
                 _warn_once(e)
         return InThread(asked.request, asked.settings, self.transfer, asked.pm, settle=settle)
@@ -169,14 +175,14 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def begin(asked: Asked) -> Running:
-    """Start a transfer in a process of its own and let later loads of this process join it."""
+def begin(asked: Asked, standby: Standby | None = None) -> Running:
+    """Start a transfer in a process of its own, or in *standby*, and let later loads of this process join it."""
     if asked.settings.pause_gc:
         rarely.begin()
     with _lock:
         running = _started.get(asked.key)
         if running is None or running.failed:
-            running = _started[asked.key] = _launched(asked) or Running(asked, process=True)
+            running = _started[asked.key] = _launched(asked) or Running(asked, process=True, standby=standby)
     running.observe(asked.observers)
     return running
 

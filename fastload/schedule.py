@@ -27,10 +27,14 @@ class Turns:
 
     Without it a file that is opened a moment sooner would take all connections before the first one in order gets any.
     Use from one event loop.
+
+    Args:
+        small_bytes: Files up to this size travel in one piece.
     """
 
-    def __init__(self, files: Iterable[Download]) -> None:
+    def __init__(self, files: Iterable[Download], small_bytes: int) -> None:
         self._order = {download: index for index, download in enumerate(files)}
+        self._large = {download for download in self._order if download.size > small_bytes}
         self._open = set(self._order.values())
         self._first = 0
         self._moved = asyncio.Event()
@@ -38,10 +42,16 @@ class Turns:
     def over(self, download: Download) -> None:
         """*download* is in the schedule, or will not be soon: those after it need not wait for it. Harmless twice."""
         self._open.discard(self._order.get(download, -1))
+        self._large.discard(download)
         while self._first < len(self._order) and self._first not in self._open:
             self._first += 1
         self._moved.set()
         self._moved = asyncio.Event()
+
+    @property
+    def large_ones_come(self) -> bool:
+        """Some large file is not in the schedule yet, but may soon be."""
+        return bool(self._large)
 
     async def come(self, download: Download) -> None:
         """Wait until the turns of all files before *download* are over; one that the plan does not know has none."""
@@ -130,14 +140,20 @@ class Schedule:
         """There is work for another connection."""
         return bool(self._small) or any(download.pending for download in self._large)
 
-    def next(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
+    def next(
+        self, piece_bytes: int, *, large_first: bool = False, large_ones_come: bool = False
+    ) -> tuple[Download, ByteRange] | None:
         """Take the next range, or ``None`` if there is none at the moment.
 
         Args:
             piece_bytes: About how much of a large file one request should bring, in whole blocks.
+            large_first: A small file only if no large one is there, nor *large_ones_come*.
         """
         piece_bytes = self._evened(piece_bytes)
-        return self._demanded(piece_bytes) or self._next_small() or self._in_order(piece_bytes)
+        wanted = self._demanded(piece_bytes)
+        if wanted is not None or not large_first:
+            return wanted or self._next_small() or self._in_order(piece_bytes)
+        return self._in_order(piece_bytes) or (None if large_ones_come else self._next_small())
 
     def _evened(self, piece_bytes: int) -> int:
         """Return less than *piece_bytes* where little is left.

@@ -36,28 +36,27 @@ def begin() -> None:
     sources = [name.strip() for name in environ.get("FASTLOAD_START", "").split(",") if name.strip()]
     wanted = environ.get("FASTLOAD_ACCELERATE", "").strip()
     try:
+        if sources and not _is_started_above(environ.get(_STARTED, "")):  # first: the other's imports take time
+            environ[_STARTED] = str(os.getpid())
+            _start(sources)
+        elif _LAUNCHED in environ:
+            _collect_rarely()
         if wanted.lower() not in _OFF or (sources and not wanted):
             from .dropin import switch_on
 
             everything = not wanted or wanted.lower() in _ON
             switch_on(*(() if everything else (name for name in wanted.split(",") if name.strip())))
-        if sources and not _is_started_above(environ.get(_STARTED, "")):
-            environ[_STARTED] = str(os.getpid())
-            _start(sources)
-        elif _LAUNCHED in environ:
-            _collect_rarely()
     except Exception as e:  # nobody has called us, so there is nobody to raise to
         _log().warning("FASTLOAD_START, FASTLOAD_ACCELERATE: %s: %s", type(e).__name__, e)
 
 
 def _start(sources: list[str]) -> None:
-    from .asking import ask
     from .errors import FastloadError
-    from .running import begin as begin_transfer
+    from .loader import start
 
     for source in sources:
         try:
-            begin_transfer(ask(source))
+            start(source)
         except FastloadError as e:
             _log().warning("FASTLOAD_START=%s: %s", source, e)
 

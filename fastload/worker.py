@@ -8,7 +8,6 @@ gone: whoever else waits for the same files takes over from the journal.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,61 +16,39 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from .errors import FastloadError
 from .events import log
 from .priority import give_way
 from .settings import Settings
+from .standby import Standby, started
 from .transfer import Transfer
 from .types import Digest, Manifest, RemoteFile, Request
 
-#: The child sees the same modules as the program, whatever the program did to sys.path; nothing runs __main__ again.
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from fastload.worker import main; main()"
-#: What makes a starting Python begin transfers of its own.
-_NOT_FOR_CHILDREN = ("FASTLOAD_START", "FASTLOAD_ACCELERATE")
 #: Guessed: how long a child may take to put its files away before it is killed; the journal survives that too.
 _PATIENCE_S = 5.0
-#: Specified, pipe(7): what an ordinary user may ask for. About 5000 messages, so 40 GB in ranges of 8 MiB.
-_PIPE_BYTES = 1 << 20
 
 
 class Child:
     """A transfer process and the thread that reads what it tells.
 
+    Args:
+        standby: A process to give the orders to, instead of a new one.
+
     Raises:
         OSError: No process can be started here.
     """
 
-    def __init__(self, request: Request, settings: Settings, transfer: Transfer) -> None:
+    def __init__(
+        self, request: Request, settings: Settings, transfer: Transfer, standby: Standby | None = None
+    ) -> None:
         self._transfer = transfer
         self._stopped = False
         self._speaking = threading.Lock()
         orders = {"request": request_record(request), "settings": settings.to_record()}
-        lines = "".join(json.dumps(line, default=str) + "\n" for line in (list(sys.path), orders)).encode()
-        self._process = subprocess.Popen(
-            # -P: the folder that the program stands in must not lend the child its modules. A group of its own: Ctrl-C is
-            # the program's to handle, from the first moment on.
-            [str(executable() or sys.executable), "-P", "-c", _BOOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,
-            env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_CHILDREN},
-        )
-        try:
-            # The child must not wait for us: an import can hold the GIL, and with it the reader, for seconds.
-            fcntl.fcntl(self._process.stdout or -1, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        except (OSError, AttributeError):  # not Linux, or the user has many pipes: 64 KiB do too
-            pass
+        self._process = started(orders, settings.plugins, standby)
         self._thread = threading.Thread(target=self._read, name="fastload-child", daemon=True)
-        stdin = self._process.stdin
-        try:
-            if stdin is not None:
-                stdin.write(lines)
-                stdin.flush()
-        except BrokenPipeError:  # it died at once: the reader tells with which status
-            pass
         self._thread.start()
 
     @property
@@ -190,12 +167,10 @@ def request_from(record: Mapping[str, Any]) -> Request:
 
 
 def main() -> None:
-    """Run one transfer as the orders on standard input say."""
+    """Import what every transfer needs, then run the one that the orders on standard input describe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's to handle; it closes our standard input
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a plugin prints must not end up among the messages
-    orders = json.loads(sys.stdin.readline())
-    settings = Settings.from_record(orders["settings"])
 
     import asyncio
     import logging
@@ -217,9 +192,25 @@ def main() -> None:
 
     log.addHandler(ToProgram())
     log.propagate = False
+    _prepare()
+    line = sys.stdin.readline()
+    if not line:  # the program is gone, or needs nobody
+        os._exit(0)
+    orders = json.loads(line)
+    settings = Settings.from_record(orders["settings"])
     status = asyncio.run(_serve(request_from(orders["request"]), settings, tell))
     sys.stdout.flush()
     os._exit(status)  # nothing is left to put away, and a thread stuck in a dead disk must not keep the process
+
+
+def _prepare() -> None:
+    """Import what every transfer needs; which plugins these are stands on standard input."""
+    from . import engine as engine
+    from .plugins import manager
+
+    line = sys.stdin.readline()
+    if line:
+        manager(Settings.from_record({"plugins": json.loads(line)}))
 
 
 async def _serve(request: Request, settings: Settings, tell: Any) -> int:
@@ -271,15 +262,3 @@ async def _serve(request: Request, settings: Settings, tell: Any) -> int:
     except asyncio.CancelledError:
         return 0 if told else 130
     return 0
-
-
-def executable() -> Path | None:
-    """Return the interpreter that a child would run, or ``None`` where there is none.
-
-    A program that embeds Python (uWSGI, a frozen application) names itself in ``sys.executable``; started with our
-    arguments it would do who knows what. Its Python lies in its prefix, or nowhere.
-    """
-    own, name = Path(sys.executable or "/"), f"python{sys.version_info.major}.{sys.version_info.minor}"
-    places = [own] if "python" in own.name.lower() or "pypy" in own.name.lower() else []
-    places.append(Path(sys.exec_prefix, "bin", name))
-    return next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)

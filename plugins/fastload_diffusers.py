@@ -10,15 +10,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_diffusers_files import find_part, load_lora, load_single_file
 from fastload_transformers import building, failure, is_offloaded, onward, place_of, read_config
 
 from fastload.errors import DeviceError, PluginError, SettingsError, UnsupportedSourceError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 #: What from_pretrained takes and fastload decides, and what to say instead.
 _DECIDED = {

@@ -14,13 +14,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_transformers import building, failure, read_config
 
 from fastload.errors import NotFoundError, SettingsError, UnsupportedSourceError
-from fastload.tensors import TensorStream
 from fastload.types import Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 _SAFETENSORS = ".safetensors"
 #: Specified (diffusers): the name that load_lora_weights looks for first.

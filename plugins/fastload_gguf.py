@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastload.errors import FormatError, PluginError, SettingsError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import ByteRange, Format, NeedBytes, Snapshot, TensorInfo
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 _MAGIC = b"GGUF"
 #: Specified (ggml): type → its code in the file, for types that torch has too.

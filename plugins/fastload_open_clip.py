@@ -8,14 +8,16 @@ that they are in memory twice for a moment, here as there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_transformers import reading
 
 from fastload.errors import PluginError, SettingsError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 _CONFIG = "open_clip_config.json"
 #: What create_model_from_pretrained takes and fastload decides, and what to say instead.

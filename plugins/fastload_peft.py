@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_transformers import reading
 
 import fastload
 from fastload.errors import FormatError, PluginError, UnsupportedSourceError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import ByteRange, Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 _CONFIG = "adapter_config.json"
 #: Specified (peft.auto): the class of the base model for each task.

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_transformers import adapter_place, place_of, reading
 
 from fastload.errors import FormatError, PluginError, UnsupportedSourceError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import ByteRange, Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 _NAME = "sentence_transformers"
 _MODULES = "modules.json"

@@ -7,14 +7,16 @@ weight into a model that it made before, so that they are in memory twice for a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload_transformers import read_config, reading
 
 from fastload.errors import PluginError, SettingsError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 #: What create_model takes and fastload decides, and what to say instead.
 _DECIDED = {

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastload.errors import FastloadError, FormatError, PluginError, SettingsError, UnsupportedSourceError
 from fastload.hookspecs import hookimpl
-from fastload.tensors import TensorStream
 from fastload.types import ByteRange, Snapshot
+
+if TYPE_CHECKING:
+    from fastload.tensors import TensorStream
 
 #: What from_pretrained takes and fastload decides, and what to say instead.
 _DECIDED = {

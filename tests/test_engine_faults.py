@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -488,3 +489,14 @@ async def test_every_size_arrives_whole(size: int, make_hub: MakeHub, tmp_path: 
     outcome = await fetch(tmp_path, hub.endpoint)
     assert outcome.error is None, outcome.error
     assert outcome.contents() == model
+
+
+async def test_weights_are_asked_for_while_every_small_file_keeps_a_connection_waiting(
+    tmp_path: Path, make_hub: Callable[..., Hub]
+):
+    small = {f"{n}.json": noise(100, n) for n in range(10)}
+    hub = make_hub({"org/m": {**small, LARGE: MODEL[LARGE]}}, faults=[Fault("hold", path="*.json", times=None)])
+    task = asyncio.create_task(fetch(tmp_path, hub.endpoint, connections=2, stall_s=60))
+    await asyncio.to_thread(hub.wait, lambda requests: any(r.file == LARGE for r in requests))
+    task.cancel()
+    await asyncio.wait({task})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,40 @@ def test_thresholds_are_the_programs_again_at_the_end():
     assert gc.get_threshold() == THRESHOLDS
     own.end()
     assert gc.get_threshold() == THRESHOLDS
+
+
+def test_the_end_costs_no_collection_and_loses_nothing_to_the_collector():
+    class Ring:
+        def __init__(self) -> None:
+            self.myself = self
+
+    own, collected = Rarely(), []
+    gc.collect()
+    with own.during():
+        rings = [Ring() for _ in range(20_000)]  # many times the threshold that holds again afterwards
+        wanted = weakref.ref(rings[0])
+        gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
+        try:
+            own.end()
+            list(map(list, [[]] * 2_000))
+        finally:
+            gc.callbacks.pop()
+    assert set(collected) <= {0}  # of what is young: those rings are not
+    del rings
+    gc.collect()
+    assert wanted() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_program_froze_stays_frozen():
+    own = Rarely()
+    with own.during():
+        gc.freeze()
+        frozen = gc.get_freeze_count()
+    try:
+        assert gc.get_freeze_count() > frozen // 2  # some of it is not needed any more, and is gone
+    finally:
+        gc.unfreeze()
 
 
 def test_what_the_program_sets_meanwhile_stays():

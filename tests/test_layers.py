@@ -20,10 +20,10 @@ ORDER = """
     errors types settings events
     plan runtimes mirrors flights concurrency retry refusals answers access disk digest phases interception garbage
     importing measured coldstart profile lock hookspecs
-    priority sink http cache readahead journal ring whole device pinned lane plugins pools
+    priority sink http cache standby readahead journal ring whole device pinned lane plugins pools
     view transfer known resolve download athand fetch schedule landing delivery engine worker sync asking rendezvous running
     inloop listing shardindex weightfile staging copies feeder deferred supply router served plainway inflight tensors
-    unawaited zerocopy loading loader lifecycle launch readers ondemand settled dropin starting
+    unawaited zerocopy loading opening loader lifecycle launch readers ondemand settled dropin starting
     report trace timeline waterfall metrics history profiling observed doctor testing builtin serving arguments cli __main__
 """.split()
 

@@ -62,3 +62,17 @@ async def test_what_has_not_begun_when_it_is_cancelled_never_begins():
         go.set()
         await asyncio.gather(*busy)
     assert task.cancelled() and not ran
+
+
+async def test_what_must_run_runs_even_if_it_has_not_begun_when_it_is_cancelled():
+    go, ran = threading.Event(), []
+    async with Pools() as pools:
+        busy = [asyncio.create_task(pools.off(go.wait)) for _ in range(4)]
+        task = asyncio.create_task(pools.surely(ran.append, 1))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()
+        go.set()
+        await asyncio.wait({task, *busy})
+        assert ran == [1]

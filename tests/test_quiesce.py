@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,20 @@ from programs import program
 from transfers import write_weights
 
 import fastload
+from fastload.engine import Engine
 from fastload.errors import FastloadError
+from fastload.plugins import manager
+from fastload.settings import Settings
 from fastload.testing import Fault, Hub
+from fastload.types import Request
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-#: Looks at the process from the inside, before and after.
+#: Looks at the process from the inside, before and after. Nothing may wait for the collector.
 LOOK = """
-import json, os, sys, fastload
+import gc, json, os, sys, fastload
 from pathlib import Path
+gc.disable()
 
 def look():
     me = Path('/proc/self')
@@ -124,3 +132,25 @@ fastload.quiesce()
 print(json.dumps(status))
 """
     assert run(code, FASTLOAD_STALL_S="60") == 0
+
+
+async def test_a_transfer_that_is_cancelled_as_it_finishes_closes_its_files(hub: Hub, tmp_path: Path):
+    """Not the collector does: whoever turned it off would keep a journal open for each model."""
+    settings = Settings.resolve(cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
+    kinds: list[str] = []
+
+    def emit(message: dict[str, Any]) -> None:
+        kinds.append(message["kind"])
+        if message["kind"] == "finished":
+            task.cancel()
+
+    gc.disable()
+    try:
+        task = asyncio.create_task(Engine(settings, emit, manager(settings)).run(Request("org/m")))
+        await asyncio.wait({task})
+        descriptors = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        links = [str(fd.readlink()) for fd in descriptors if fd.is_symlink()]  # the listing's own is gone
+    finally:
+        gc.enable()
+    assert task.cancelled() and kinds[-1] == "finished"
+    assert [link for link in links if str(tmp_path / "cache") in link] == []

@@ -60,6 +60,17 @@ def test_small_files_first_then_a_few_large_ones_in_file_order():
     assert schedule.next(PIECE) is None
 
 
+def test_one_connection_asks_for_weights_while_the_others_bring_small_files():
+    schedule = Schedule(shards=2)
+    schedule.add_small(download("small", 1))
+    large = download("a", 1)
+    assert schedule.next(PIECE, large_first=True, large_ones_come=True) is None  # it is being opened
+    schedule.add_large(large)
+    schedule.add_small(download("other", 1))
+    jobs = [schedule.next(PIECE, large_first=True) for _ in range(3)]
+    assert [job[0].paths[0] for job in jobs if job is not None] == ["a", "small", "other"]
+
+
 def test_what_a_reader_waits_for_comes_next_and_what_follows_it_after_that():
     schedule = Schedule(shards=1)
     schedule.add_large(first := download("a", 3))
@@ -108,7 +119,7 @@ def test_a_file_that_is_complete_is_asked_for_no_more():
 
 async def test_files_enter_in_the_order_of_the_plan_whichever_is_opened_first():
     first, second, third = files = [download(name, 1) for name in ("a", "b", "c")]
-    turns, entered = Turns(files), []
+    turns, entered = Turns(files, PIECE), []
 
     async def enter(one: Download) -> None:
         await turns.come(one)
@@ -121,9 +132,20 @@ async def test_files_enter_in_the_order_of_the_plan_whichever_is_opened_first():
     assert entered == files
 
 
+async def test_large_files_come_until_each_is_in_the_schedule_or_known_to_be_there():
+    files = small, first, second = [download(name, blocks) for name, blocks in (("s", 1), ("a", 2), ("b", 2))]
+    turns, come = Turns(files, PIECE), []
+    for one in (first, small, second):
+        come.append(turns.large_ones_come)
+        turns.over(one)
+    assert come == [True, True, True]
+    assert not turns.large_ones_come
+    assert not Turns([small], PIECE).large_ones_come
+
+
 async def test_a_file_that_is_there_already_holds_nobody_up():
     first, second = files = [download(name, 1) for name in ("a", "b")]
-    turns = Turns(files)
+    turns = Turns(files, PIECE)
     turns.over(first)
     await turns.come(second)
 

@@ -199,7 +199,7 @@ def test_settings_are_frozen_and_hashable():
 def test_only_settings_reads_the_environment():
     """Everybody else gets what it needs passed down.
 
-    plugins: a copy for the platform hook; cli: NO_COLOR; launch and worker: what the processes that they start are to
+    plugins: a copy for the platform hook; cli: NO_COLOR; launch and standby: what the processes that they start are to
     see; rendezvous: what launch has told them; starting: what is to be done before a program's first line.
     """
     readers = set()
@@ -213,5 +213,5 @@ def test_only_settings_reads_the_environment():
             ):
                 readers.add(path.relative_to(folder).as_posix())
     shipped = {reader for reader in readers if not reader.startswith("testing/")}
-    processes = {"launch.py", "worker.py", "rendezvous.py", "starting.py"}
+    processes = {"launch.py", "standby.py", "rendezvous.py", "starting.py"}
     assert shipped == {"settings.py", "plugins.py", "cli.py", "builtin/opentelemetry.py"} | processes  # TRACEPARENT

@@ -19,7 +19,7 @@ from ..access import Access
 from ..errors import SettingsError
 from ..resolve import read_token
 from ..settings import Settings
-from ..worker import executable
+from ..standby import executable
 from . import limits
 from .bounds import size
 

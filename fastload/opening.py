@@ -1,0 +1,89 @@
+"""How a public call comes by its transfer: it joins one that was begun, or begins one, and ends it with its block.
+
+Nothing but the settings is imported with this module. Where the call needs a child, the rest is imported while that comes up;
+what only the caller's side needs, once the child has its orders.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .settings import Settings
+from .standby import Standby, standing_by
+
+if TYPE_CHECKING:
+    from .asking import Asked
+    from .loading import Loading
+    from .running import Running
+
+T = TypeVar("T")
+
+
+@contextmanager
+def asking(source: str | os.PathLike[str], **arguments: Any) -> Iterator[tuple[Asked, Standby | None]]:
+    """Resolve *arguments*; give what is asked for, and a process that will be ready to fetch it."""
+    revision, options = arguments.get("revision"), arguments.get("options", {})
+    settings = Settings.resolve(arguments.get("settings"), offline=options.get("local_files_only"))
+    with standing_by(source, settings, revision=revision, locked=arguments.get("lock") is not None) as standby:
+        from .asking import ask
+
+        yield ask(source, **arguments), standby
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str], **arguments: Any) -> Iterator[Loading]:
+    """Join the transfer that ``start`` began for this, or begin one in a child process; end it with the block."""
+    with asking(source, **arguments) as (asked, standby):
+        from . import running as transfers
+
+        running = transfers.join(asked) or transfers.Running(asked, process=True, standby=standby)
+    from .loading import Loading  # now that the child has its orders
+
+    loading = Loading(asked, running.transfer)
+    try:
+        with loading:
+            yield loading
+    finally:
+        running.cancel()
+
+
+@asynccontextmanager
+async def aopened(source: str | os.PathLike[str], *, settle: bool = False, **arguments: Any) -> AsyncIterator[Loading]:
+    """As :func:`opened`, with the engine in the running loop."""
+    import asyncio
+
+    asked, running = await asyncio.to_thread(_joined, source, arguments)
+    from .inloop import in_loop
+    from .loading import Loading
+
+    if running is not None:
+        try:
+            with Loading(asked, running.transfer) as loading:
+                yield loading
+        finally:
+            await asyncio.shield(asyncio.to_thread(running.cancel))
+    else:
+        async with in_loop(asked, settle=settle) as transfer:
+            with Loading(asked, transfer) as loading:
+                yield loading
+
+
+def _joined(source: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[Asked, Running | None]:
+    """Return what is asked for, and the transfer that ``start`` began for it. Blocks, on imports for one thing."""
+    from . import inloop as inloop
+    from . import loading as loading
+    from . import running as transfers
+    from .asking import ask
+
+    asked = ask(source, **arguments)
+    return asked, transfers.join(asked)
+
+
+async def in_thread(loading: Loading, function: Callable[..., T], *args: Any) -> T:
+    """Run *function* as :func:`fastload.inloop.in_thread` does."""
+    from .inloop import in_thread as run
+
+    return await run(loading.transfer, function, *args)

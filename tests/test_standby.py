@@ -1,0 +1,171 @@
+"""The first call's child comes up while the call finds out what it is asked for; no call leaves one behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ENVIRON, alive, program, run, until
+from transfers import LARGE, write_weights
+
+from fastload.settings import Settings
+from fastload.standby import Standby, standing_by, started
+from fastload.testing import Hub
+
+#: Counts the processes that are started, and tells whether the caller knew by then what it was asked for.
+COUNT = """
+import json, os, sys
+from pathlib import Path
+import fastload
+knew = []
+sys.addaudithook(lambda event, _: event == "subprocess.Popen" and knew.append("fastload.asking" in sys.modules))
+def left():
+    return [c for t in Path('/proc/self/task').iterdir() for c in (t / 'children').read_text().split()]
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch) -> Hub:
+    weights = write_weights(tmp_path / LARGE).read_bytes()
+    made = make_hub({"org/m": {"config.json": b"{}", LARGE: weights}})
+    for name, value in {**ENVIRON, "HF_ENDPOINT": made.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    return made
+
+
+def told(code: str, **environ: str) -> Any:
+    return json.loads(run(COUNT + code, environ=environ).splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fastload.load_tensors('org/m')",
+        "fastload.start('org/m').wait()",
+        "fastload.load_tensors('hf://org/m@main', settings={'connections': 2})",
+        "exec('with fastload.stream(\"org/m\") as weights: dict(weights)')",
+    ],
+)
+def test_the_first_call_starts_its_child_before_anything_else_and_no_other_one(call: str, hub: Hub):
+    assert told(f"{call}; fastload.quiesce(); print(json.dumps([knew, left()]))") == [[False], []]
+
+
+def test_later_calls_start_their_child_with_its_orders(hub: Hub):
+    code = "fastload.load_tensors('org/m'); fastload.load_tensors('org/m'); print(json.dumps(knew))"
+    assert told(code) == [False, True]
+
+
+def test_a_call_that_needs_nobody_starts_nobody(hub: Hub, tmp_path: Path):
+    pinned = f"org/m@{hub.commit('org/m')}"
+    load = f"fastload.load_tensors({pinned!r}); print(json.dumps(len(knew)))"
+    assert told(load, FASTLOAD_PROCESS="0") == 0
+    assert told(load) == 0  # it is in the cache now
+    assert told(load, HF_HUB_OFFLINE="1") == 0
+    (tmp_path / "own").mkdir()
+    write_weights(tmp_path / "own" / LARGE)
+    # Nothing travels, so there is no hurry; a child reads ahead.
+    assert told(f"fastload.load_tensors({str(tmp_path / 'own')!r}); print(json.dumps(all(knew)))")
+
+
+def test_a_pinned_call_whose_cache_is_empty_starts_its_child_first(hub: Hub):
+    code = f"fastload.load_tensors('org/m', revision='{hub.commit('org/m')}'); print(json.dumps(knew))"
+    assert told(code) == [False]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fastload.load_tensors('org/m', mirrors='nonsense')",
+        "fastload.load_tensors('no plugin knows this')",
+        "fastload.load_tensors('org/m', lock='/nowhere/fastload.lock')",
+    ],
+)
+def test_a_call_that_fails_before_its_transfer_leaves_no_child(call: str, hub: Hub):
+    code = f"""
+try:
+    {call}
+except fastload.FastloadError:
+    print(json.dumps([len(knew), left()]))
+"""
+    assert told(code)[1] == []
+
+
+def test_a_child_that_was_started_too_early_is_replaced(hub: Hub, tmp_path: Path):
+    """A plugin that is found changes what children must find, too."""
+    (tmp_path / "widening.py").write_text("import sys\nsys.path.append('/nowhere')\n")
+    info = tmp_path / "widening-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: widening\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[fastload]\nwidening = widening\n")
+    code = "fastload.load_tensors('org/m'); fastload.quiesce(); print(json.dumps([knew, left()]))"
+    assert told(code, PYTHONPATH=f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{tmp_path}") == [[False, True], []]
+
+
+def test_a_child_that_nobody_takes_ends_with_its_block():
+    with standing_by("org/m", Settings()) as standby:
+        if standby is None:  # another test of this process was first
+            standby = Standby(())
+    standby.dismiss()
+    standby.dismiss()
+    process = standby._process
+    assert process.returncode is not None
+    assert not standby.fits
+
+
+def test_a_child_ends_when_the_program_dies_before_it_gives_orders():
+    code = """
+import os, signal
+from fastload.standby import Standby
+print(Standby(())._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with program(code) as process:
+        pid = int(process.stdout.readline()) if process.stdout is not None else 0
+        assert pid
+        until(lambda: not alive(pid), "the child ends with its program")
+        process.wait()
+        assert process.communicate()[1] == ""  # it has nothing to say about it
+
+
+def test_a_child_that_died_while_it_stood_by_is_replaced():
+    standby = Standby(())
+    standby._process.kill()
+    standby._process.wait()
+    process = started({"nobody": "reads this"}, (), standby)
+    try:
+        assert process is not standby._process
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+        standby.dismiss()
+
+
+def test_plugins_that_are_not_allowed_are_not_imported_by_the_child_either(hub: Hub, tmp_path: Path):
+    seen = tmp_path / "seen"
+    (tmp_path / "loud.py").write_text(f"import os\nopen({str(seen)!r}, 'a').write(str(os.getpid()) + ' ')\n")
+    info = tmp_path / "loud-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[fastload]\nloud = loud\n")
+    path = f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{tmp_path}"
+    code = "fastload.load_tensors('org/m', settings={'plugins': PLUGINS}); print(json.dumps(len(knew)))"
+    assert told(code.replace("PLUGINS", "()"), PYTHONPATH=path) == 1
+    assert not seen.exists()
+    assert told(code.replace("PLUGINS", "('loud',)"), PYTHONPATH=path) == 1
+    assert len(set(seen.read_text().split())) == 2
+
+
+def test_where_no_process_can_be_started_the_block_runs_without(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr("fastload.standby._is_first", True)
+    with standing_by("org/m", Settings()) as standby:
+        assert standby is None
