@@ -18,6 +18,7 @@ from fastload.zerocopy import zero_copy_bytes
 
 from .contender import sums
 from .rowmodels import folder_of
+from .runs import runs_folder
 
 Record = dict[str, Any]
 #: So fast is each connection: eight bring 120 MB/s, which the slowest of builds keeps up with on two cores.
@@ -190,7 +191,7 @@ def streamed_runs(row: Row, *, quick: bool) -> Iterator[Callable[[], Record]]:
 
     And then once more, pinned to its commit. The tiny model has been loaded so before.
     """
-    with tempfile.TemporaryDirectory(prefix="fastload-rows-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="rows-", dir=runs_folder()) as scratch:
         models = Path(scratch) / "models"
         (models / "org").mkdir(parents=True)
         for repo, tiny in ((REPO, quick), (_TINY, True)):

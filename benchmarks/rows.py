@@ -107,10 +107,10 @@ def _worker(row: Row, job: Record) -> Iterator[Callable[[], Record]]:
 
 
 def _environ() -> dict[str, str]:
-    """Return the environment without the user's own settings of hubs, and with temporary folders beside the caches."""
+    """Return the environment without the user's own settings of hubs."""
     rest = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "FASTLOAD_")) or k == "FASTLOAD_TESTBED"}
     own = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return {**rest, **own, "TMPDIR": str(runs_folder())}
+    return {**rest, **own}
 
 
 def _work(row: Row, job: Record) -> None:

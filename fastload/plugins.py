@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from types import TracebackType
 from typing import Any, TypeVar
@@ -61,8 +61,25 @@ class PluginRecord:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """As :class:`PluginRecord`, before anybody has read the distributions' metadata, which takes most of the time."""
+
+    name: str
+    dist: metadata.Distribution | None
+    hooks: tuple[str, ...] = ()
+    error: str | None = None
+    is_ours: bool = False
+
+    def record(self) -> PluginRecord:
+        distribution, version = _own_distribution() if self.is_ours else ("", "")
+        if self.dist is not None:
+            distribution, version = self.dist.name, self.dist.version
+        return PluginRecord(self.name, distribution, version, self.hooks, self.error)
+
+
 _lock = threading.Lock()
-_made: dict[tuple[str, ...] | None, tuple[pluggy.PluginManager, tuple[PluginRecord, ...]]] = {}
+_made: dict[tuple[str, ...] | None, tuple[pluggy.PluginManager, tuple[_Found, ...]]] = {}
 
 
 def manager(settings: Settings) -> pluggy.PluginManager:
@@ -72,7 +89,7 @@ def manager(settings: Settings) -> pluggy.PluginManager:
 
 def report(settings: Settings) -> list[PluginRecord]:
     """Return one record a plugin, built-in ones first, those that could not be loaded included."""
-    return list(_load(settings)[1])
+    return [found.record() for found in _load(settings)[1]]
 
 
 def resolve_settings(settings: Settings | Mapping[str, Any] | None = None, **arguments: Any) -> Settings:
@@ -142,7 +159,7 @@ def _culprit(caller: pluggy.HookCaller, traceback: TracebackType | None) -> str 
     return None
 
 
-def _load(settings: Settings) -> tuple[pluggy.PluginManager, tuple[PluginRecord, ...]]:
+def _load(settings: Settings) -> tuple[pluggy.PluginManager, tuple[_Found, ...]]:
     allowed = settings.plugins
     with _lock:
         if allowed not in _made:
@@ -152,41 +169,40 @@ def _load(settings: Settings) -> tuple[pluggy.PluginManager, tuple[PluginRecord,
         return _made[allowed]
 
 
-def _load_builtin(pm: pluggy.PluginManager) -> Iterator[PluginRecord]:
+def _load_builtin(pm: pluggy.PluginManager) -> Iterator[_Found]:
     for module in BUILTIN:
-        yield _register(pm, module.rpartition(".")[2], lambda module=module: importlib.import_module(module), None)
+        found = _Found(module.rpartition(".")[2], None, is_ours=True)
+        yield _register(pm, found, lambda module=module: importlib.import_module(module))
 
 
-def _load_installed(pm: pluggy.PluginManager, allowed: tuple[str, ...] | None) -> Iterator[PluginRecord]:
+def _load_installed(pm: pluggy.PluginManager, allowed: tuple[str, ...] | None) -> Iterator[_Found]:
     seen = set()
     for entry in sorted(metadata.entry_points(group=hookspecs.GROUP), key=lambda e: e.name):
         seen.add(entry.name)
         if allowed is None or entry.name in allowed:
-            yield _register(pm, entry.name, entry.load, entry.dist)
+            yield _register(pm, _Found(entry.name, entry.dist), entry.load)
     for name in allowed or ():
         if name not in seen:
-            yield _broken(name, "no installed package has a plugin of this name (setting: plugins)")
+            yield _broken(_Found(name, None), "no installed package has a plugin of this name (setting: plugins)")
 
 
-def _register(pm: pluggy.PluginManager, name: str, load: Any, dist: metadata.Distribution | None) -> PluginRecord:
-    distribution, version = (dist.name, dist.version) if dist is not None else _own_distribution()
+def _register(pm: pluggy.PluginManager, found: _Found, load: Any) -> _Found:
     try:
         plugin = load()
-        pm.register(plugin, name=name)
+        pm.register(plugin, name=found.name)
     except Exception as e:  # a stranger's module may raise anything while it is imported
-        return _broken(name, f"{type(e).__name__}: {e}", distribution, version)
+        return _broken(found, f"{type(e).__name__}: {e}")
     try:
         pm.check_pending()
     except pluggy.PluginValidationError as e:
         pm.unregister(plugin)
-        return _broken(name, str(e), distribution, version)
-    hooks = tuple(sorted(caller.name for caller in pm.get_hookcallers(plugin) or ()))
-    return PluginRecord(name, distribution, version, hooks)
+        return _broken(found, str(e))
+    return replace(found, hooks=tuple(sorted(caller.name for caller in pm.get_hookcallers(plugin) or ())))
 
 
-def _broken(name: str, error: str, distribution: str = "", version: str = "") -> PluginRecord:
-    log.warning("plugin %s is not in use: %s", name, error)
-    return PluginRecord(name, distribution, version, (), error)
+def _broken(found: _Found, error: str) -> _Found:
+    log.warning("plugin %s is not in use: %s", found.name, error)
+    return replace(found, error=error)
 
 
 def _own_distribution() -> tuple[str, str]:

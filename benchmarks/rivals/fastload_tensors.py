@@ -15,7 +15,8 @@ def prepare(job: dict[str, Any]) -> None:
 
     import fastload
 
-    _ = fastload.load_tensors
+    import fastload.loading  # its own are imported by the first call
+    import fastload.running  # noqa: F401
 
 
 def run(job: dict[str, Any]) -> Any:
