@@ -24,7 +24,8 @@ import safetensors  # noqa: E402
 import safetensors.torch  # noqa: E402
 from arrival import COMMIT, Arrival, demanded  # noqa: E402
 
-from fastload import plugins, router, served  # noqa: E402
+from fastload import plugins, router  # noqa: E402
+from fastload import served as serving  # noqa: E402
 from fastload.errors import CacheError, DownloadError, IntegrityError  # noqa: E402
 from fastload.settings import Settings  # noqa: E402
 from fastload.tensors import TensorStream  # noqa: E402
@@ -417,10 +418,10 @@ def test_links_stand_in_memory_unless_somebody_chose_another_place(tmp_path: Pat
     memory, chosen = tmp_path / "memory", tmp_path / "chosen"
     memory.mkdir()
     chosen.mkdir()
-    monkeypatch.setattr(served, "_MEMORY", memory)
+    monkeypatch.setattr(serving, "_MEMORY", memory)
     monkeypatch.setattr(tempfile, "tempdir", str(chosen))
-    assert served._temporary_folder().parent == chosen
-    monkeypatch.setattr(served, "_DEFAULT", str(chosen))
-    assert served._temporary_folder().parent == memory
+    assert serving._temporary_folder().parent == chosen
+    monkeypatch.setattr(serving, "_DEFAULT", str(chosen))
+    assert serving._temporary_folder().parent == memory
     memory.rename(tmp_path / "gone")
-    assert served._temporary_folder().parent == chosen
+    assert serving._temporary_folder().parent == chosen

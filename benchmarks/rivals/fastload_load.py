@@ -12,9 +12,9 @@ VERIFIES = "sha256"
 
 def prepare(job: dict[str, Any]) -> None:
     """Import what a server that runs already has."""
-    import fastload
+    import fastload.loading  # what the first call imports
+    import fastload.running  # noqa: F401
 
-    _ = fastload.load
     prepare_framework(job)
 
 

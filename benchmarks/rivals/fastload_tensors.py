@@ -13,9 +13,7 @@ def prepare(job: dict[str, Any]) -> None:
     """Import what a program that runs already has."""
     import torch  # noqa: F401
 
-    import fastload
-
-    import fastload.loading  # its own are imported by the first call
+    import fastload.loading  # what the first call imports
     import fastload.running  # noqa: F401
 
 
