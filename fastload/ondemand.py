@@ -164,8 +164,8 @@ class OnDemand:
         """A reader has got *error*: paths that stand for it need not lead anywhere any more."""
         with self._lock:
             self._heard.add(id(error))
-            failed = [file for file in self._failed if file.failure is error]
-        for file in failed:
+            failed = [f for f in (*self._failed, *self._ending, *self._in_flight) if f.doomed is error]
+        for file in failed:  # at once: who asks again must not find them, and the watcher may not have come to them yet
             file.unlink()
 
     # -- all files in flight -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from accelerating import (  # noqa: E402
     write_model,
 )
 from compare import diff_models  # noqa: E402
-from programs import held, program  # noqa: E402
+from programs import held, program, until  # noqa: E402
 
 import fastload  # noqa: E402
 from fastload import inflight, ondemand  # noqa: E402
@@ -155,6 +155,33 @@ def test_what_was_wrong_is_asked_for_again_in_the_same_block(hub: Hub, tmp_path:
             load_llama(tmp_path / "ours")
         hub.script()
         ours = load_llama(tmp_path / "ours")
+    assert diff_models(plain, ours) == []
+
+
+def test_what_was_wrong_is_asked_for_again_before_the_first_transfer_is_cleared_away(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plain = load_llama(tmp_path / "plain")
+    real, first, cleared = ondemand.OnDemand._end, [], threading.Event()
+
+    def end(self: ondemand.OnDemand, *args: Any) -> None:
+        if not first:
+            first.append(self)
+        if self is first[0]:
+            cleared.wait()
+        real(self, *args)
+
+    monkeypatch.setattr(ondemand.OnDemand, "_end", end)
+    hub.script(flipped(OTHER))
+    with fastload.accelerate():
+        try:
+            with pytest.raises(IntegrityError):
+                load_llama(tmp_path / "ours")
+            until(lambda: first)  # it is over, and its links are still there
+            hub.script()
+            ours = load_llama(tmp_path / "ours")
+        finally:
+            cleared.set()
     assert diff_models(plain, ours) == []
 
 
