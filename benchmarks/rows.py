@@ -151,16 +151,11 @@ def _page(records: Sequence[Record], versions: Record) -> Iterator[str]:
     for row, found in runs:
         yield _line(row, found)
     yield ""
-    yield "Where the time after the last byte goes (medians, ms after it was received):"
+    yield "Where the time after the last byte goes (medians, ms after it was received). Between `build.waited`, when the last"
+    yield "tensor was there, and `build.finished` the framework does what it does at the end of the usual way too."
     yield ""
-    names = [
-        "write.finished",
-        "verify.advanced",
-        "file.verified",
-        "transfer.finished",
-        "build.finished",
-        "load.finished",
-    ]
+    names = ["write.finished", "verify.advanced", "file.verified", "transfer.finished", "build.waited", "build.finished",
+             "load.finished"]  # fmt: skip
     yield f"| row | {' | '.join(names)} |"
     yield f"|---|{'---|' * len(names)}"
     for row, found in runs:

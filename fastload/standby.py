@@ -150,7 +150,7 @@ def _is_likely(source: str, settings: Settings, revision: str | None, locked: bo
     name, _, pinned = source.removeprefix("hf://").partition("@")
     if "://" in name or os.path.exists(source):
         return False
-    if not locked and not _COMMIT.fullmatch(revision or pinned):
+    if not locked and not _COMMIT.fullmatch(str(revision or pinned)):
         return True  # whether the cache holds what a branch means today, the hub must tell
     from .cache import RepoCache
 
