@@ -51,13 +51,17 @@ class Rarely:
                 self._before = before
                 gc.set_threshold(*_RARE)
 
-    def end(self) -> None:
+    def end(self, *, failed: bool = False) -> None:
         """Let the interpreter collect as the program had it; harmless when repeated.
 
         What is there grows old at once: or else the next collection, this call's, would look at all that imports have made.
+        Garbage among it waits for a collection of everything, which comes when a quarter as much again has grown old.
+
+        Args:
+            failed: What had been built when an error ended the load is garbage, and large: nothing grows old.
         """
         with self._lock:
-            if self._before is not None and gc.get_freeze_count() == 0:  # else somebody's own would thaw
+            if self._before is not None and not failed and gc.get_freeze_count() == 0:  # else somebody's own would thaw
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation; neither looks at an object
             self._restore()

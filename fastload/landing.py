@@ -96,7 +96,7 @@ class Landing:
         limit = self._concurrency.limit
         throttled = self._fetcher.mirrors.throttled
         self._concurrency.look(self._flights.received_bytes, busy=self.schedule.has_more, throttled=throttled)
-        if self._concurrency.limit > limit:
+        if self._concurrency.limit != limit:  # those that may take more now, and the one that has to take everything
             self._more.set()
 
     def _piece_bytes(self) -> int:
@@ -125,12 +125,13 @@ class Landing:
                 await self._more.wait()
 
     def _next(self, index: int) -> tuple[Download, ByteRange] | None:
-        """Take work for connection *index*: the first one brings weights while the others still bring small files.
+        """Take work for connection *index*: the first one's first is weights, if the others can bring the small files.
 
         Else the first byte of weights would wait for a round trip or more, as small files are found first.
         """
         come = self._large_ones_come()
-        job = self.schedule.next(self._piece_bytes(), large_first=index == 0, large_ones_come=come)
+        first = index == 0 and self._concurrency.limit > 1 and not self.begun.is_set()
+        job = self.schedule.next(self._piece_bytes(), large_first=first, large_ones_come=come)
         if not come or (job is not None and job[0].done is None):
             self.begun.set()
         return job

@@ -51,7 +51,7 @@ class Loading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        rarely.end()
+        rarely.end(failed=error is not None)
         seconds = self._events.clock() - self._started_s
         self.transfer.events.remove(self._events.pass_on)
         if error is None:

@@ -17,7 +17,6 @@ from .standby import Standby, standing_by
 if TYPE_CHECKING:
     from .asking import Asked
     from .loading import Loading
-    from .running import Running
 
 T = TypeVar("T")
 
@@ -26,7 +25,9 @@ T = TypeVar("T")
 def asking(source: str | os.PathLike[str], **arguments: Any) -> Iterator[tuple[Asked, Standby | None]]:
     """Resolve *arguments*; give what is asked for, and a process that will be ready to fetch it."""
     revision, options = arguments.get("revision"), arguments.get("options", {})
-    settings = Settings.resolve(arguments.get("settings"), offline=options.get("local_files_only"))
+    settings = Settings.resolve(
+        arguments.get("settings"), offline=options.get("local_files_only"), cache_dir=options.get("cache_dir")
+    )
     with standing_by(source, settings, revision=revision, locked=arguments.get("lock") is not None) as standby:
         from .asking import ask
 
@@ -40,11 +41,10 @@ def opened(source: str | os.PathLike[str], **arguments: Any) -> Iterator[Loading
         from . import running as transfers
 
         running = transfers.join(asked) or transfers.Running(asked, process=True, standby=standby)
-    from .loading import Loading  # now that the child has its orders
-
-    loading = Loading(asked, running.transfer)
     try:
-        with loading:
+        from .loading import Loading  # now that the child has its orders
+
+        with Loading(asked, running.transfer) as loading:
             yield loading
     finally:
         running.cancel()
@@ -55,10 +55,12 @@ async def aopened(source: str | os.PathLike[str], *, settle: bool = False, **arg
     """As :func:`opened`, with the engine in the running loop."""
     import asyncio
 
-    asked, running = await asyncio.to_thread(_joined, source, arguments)
+    asked = await asyncio.to_thread(_asked, source, arguments)
+    from . import running as transfers
     from .inloop import in_loop
     from .loading import Loading
 
+    running = await asyncio.to_thread(transfers.join, asked)  # apart: who is cancelled before has joined nothing
     if running is not None:
         try:
             with Loading(asked, running.transfer) as loading:
@@ -71,15 +73,14 @@ async def aopened(source: str | os.PathLike[str], *, settle: bool = False, **arg
                 yield loading
 
 
-def _joined(source: str | os.PathLike[str], arguments: dict[str, Any]) -> tuple[Asked, Running | None]:
-    """Return what is asked for, and the transfer that ``start`` began for it. Blocks, on imports for one thing."""
+def _asked(source: str | os.PathLike[str], arguments: dict[str, Any]) -> Asked:
+    """Return what is asked for. Blocks, on imports for one thing: those of the caller too."""
     from . import inloop as inloop
     from . import loading as loading
-    from . import running as transfers
+    from . import running as running
     from .asking import ask
 
-    asked = ask(source, **arguments)
-    return asked, transfers.join(asked)
+    return ask(source, **arguments)
 
 
 async def in_thread(loading: Loading, function: Callable[..., T], *args: Any) -> T:

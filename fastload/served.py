@@ -52,41 +52,60 @@ def served(
             yield snapshot.path
         return
     with ExitStack() as stack:
-        try:
-            root = _temporary_folder()
-            stack.callback(shutil.rmtree, root, ignore_errors=True)
-            folder = root / folder_name(snapshot)
-            table: dict[Inode, Route] = {}
-            for path, view in transfer.files.items():
-                link = folder / path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if path in streamed and not view.ready:
-                    table[_place(weights[path], link, stack)] = Route(weights[path], supply, defer)
-                else:
-                    link.symlink_to(os.path.abspath(snapshot.path / path))
-                    if path in streamed and defer:
-                        table[inode(view.open())] = Route(weights[path], supply, defer)
-        except FastloadError:
-            raise
-        except OSError as e:
-            raise CacheError(f"cannot make a temporary folder to load from: {e}", hint="set TMPDIR") from e
+        folder, table = _laid_out(stack, transfer, weights, supply, defer)
         stack.enter_context(routed(table))
         for path in streamed:  # at once: frameworks read the heads of all files before the first tensor, one by one
             transfer.files[path].ask(ByteRange(0, 1))
         yield folder
 
 
-def _temporary_folder() -> Path:
-    """Make a folder for links: in memory, unless somebody has chosen a place for temporary files.
+def _laid_out(
+    stack: ExitStack, transfer: Transfer, weights: Mapping[str, WeightFile], supply: Supply, defer: bool
+) -> tuple[Path, dict[Inode, Route]]:
+    """Make the folder of links; *stack* removes it. Return it, and what its files in flight are.
 
-    To remove links from a disk takes 3 to 22 ms beside a transfer that is being synced (measured, ext4), and the model waits.
+    In memory, unless temporary files go elsewhere than to /tmp: to remove links from a disk takes 3 to 22 ms beside a
+    transfer that is being synced (measured, ext4), and the model waits. Where that memory is full: on the disk.
     """
-    if tempfile.gettempdir() == _DEFAULT:
-        try:
-            return Path(tempfile.mkdtemp(prefix="fastload-", dir=_MEMORY))
-        except OSError:  # there is none, or it is not ours to write
-            pass
-    return Path(tempfile.mkdtemp(prefix="fastload-"))
+    refusal: OSError | None = None
+    for place in (_MEMORY, None) if tempfile.gettempdir() == _DEFAULT else (None,):
+        with ExitStack() as attempt:
+            try:
+                root = Path(tempfile.mkdtemp(prefix="fastload-", dir=place))
+                attempt.callback(shutil.rmtree, root, ignore_errors=True)
+                folder = root / folder_name(transfer.wait_manifest())
+                table = _fill(folder, attempt, transfer, weights, supply, defer)
+            except FastloadError:
+                raise
+            except OSError as e:
+                refusal = e
+            else:
+                stack.push(attempt.pop_all())
+                return folder, table
+    raise CacheError(f"cannot make a temporary folder to load from: {refusal}", hint="set TMPDIR") from refusal
+
+
+def _fill(
+    folder: Path,
+    stack: ExitStack,
+    transfer: Transfer,
+    weights: Mapping[str, WeightFile],
+    supply: Supply,
+    defer: bool,
+) -> dict[Inode, Route]:
+    snapshot = transfer.wait_manifest()
+    table: dict[Inode, Route] = {}
+    for path, view in transfer.files.items():
+        link = folder / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        streamed = path in weights and path.endswith(".safetensors")
+        if streamed and not view.ready:
+            table[_place(weights[path], link, stack)] = Route(weights[path], supply, defer)
+        else:
+            link.symlink_to(os.path.abspath(snapshot.path / path))
+            if streamed and defer:
+                table[inode(view.open())] = Route(weights[path], supply, defer)
+    return table
 
 
 def folder_name(snapshot: Snapshot) -> str:

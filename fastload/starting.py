@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 
 TYPE_CHECKING = False  # typing's own costs its import
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 _OFF = ("", "0", "off", "no", "false")
@@ -35,19 +37,26 @@ def begin() -> None:
     environ = os.environ
     sources = [name.strip() for name in environ.get("FASTLOAD_START", "").split(",") if name.strip()]
     wanted = environ.get("FASTLOAD_ACCELERATE", "").strip()
-    try:
-        if sources and not _is_started_above(environ.get(_STARTED, "")):  # first: the other's imports take time
+    with _told("FASTLOAD_START"):  # first: the other's imports take time
+        if sources and not _is_started_above(environ.get(_STARTED, "")):
             environ[_STARTED] = str(os.getpid())
             _start(sources)
         elif _LAUNCHED in environ:
             _collect_rarely()
+    with _told("FASTLOAD_ACCELERATE"):
         if wanted.lower() not in _OFF or (sources and not wanted):
             from .dropin import switch_on
 
             everything = not wanted or wanted.lower() in _ON
             switch_on(*(() if everything else (name for name in wanted.split(",") if name.strip())))
+
+
+@contextmanager
+def _told(variable: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as e:  # nobody has called us, so there is nobody to raise to
-        _log().warning("FASTLOAD_START, FASTLOAD_ACCELERATE: %s: %s", type(e).__name__, e)
+        _log().warning("%s: %s: %s", variable, type(e).__name__, e)
 
 
 def _start(sources: list[str]) -> None:

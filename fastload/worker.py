@@ -22,7 +22,7 @@ from .errors import FastloadError
 from .events import log
 from .priority import give_way
 from .settings import Settings
-from .standby import Standby, started
+from .standby import Standby, close_pipes, started
 from .transfer import Transfer
 from .types import Digest, Manifest, RemoteFile, Request
 
@@ -78,9 +78,7 @@ class Child:
                     else "load again: what has landed is kept (FASTLOAD_PROCESS=0 does without the process)",
                 )
             )
-        for pipe in (self._process.stdin, stdout):
-            if pipe is not None:
-                pipe.close()
+        close_pipes(self._process)
 
     def want(self, paths: Iterable[str]) -> None:
         """Let a transfer on demand deliver *paths*; call it once its manifest is known. Thread-safe, does not raise."""

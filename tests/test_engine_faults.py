@@ -500,3 +500,26 @@ async def test_weights_are_asked_for_while_every_small_file_keeps_a_connection_w
     await asyncio.to_thread(hub.wait, lambda requests: any(r.file == LARGE for r in requests))
     task.cancel()
     await asyncio.wait({task})
+
+
+async def test_one_connection_brings_everything_small_files_first(tmp_path: Path, make_hub: Callable[..., Hub]):
+    """More small files than are looked at at once, and the large one after them."""
+    small = {f"{n:03}.json": noise(100, n) for n in range(120)}
+    hub = make_hub({"org/m": {**small, LARGE: MODEL[LARGE]}})
+    outcome = await fetch(tmp_path, hub.endpoint, connections=1)
+    assert outcome.error is None
+    verified = [e.file for e in outcome.events if e.name == "file.verified"]
+    assert verified[-1] == LARGE and len(verified) == 121
+
+
+async def test_connections_that_a_hub_throttles_away_leave_their_work_to_the_last_one(
+    tmp_path: Path, make_hub: Callable[..., Hub]
+):
+    small = {f"{n:03}.json": noise(100, n) for n in range(160)}
+    busy = [
+        Fault("status", status=429, headers={"Retry-After": "0"}, path="*.json", skip=20 * n, times=1) for n in range(6)
+    ]
+    hub = make_hub({"org/m": {**small, LARGE: MODEL[LARGE]}}, faults=busy)
+    outcome = await fetch(tmp_path, hub.endpoint, connections=16, ring_bytes=16 * RANGE, attempts=10)
+    assert outcome.error is None
+    assert len(outcome.contents()) == 161

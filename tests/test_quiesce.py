@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import fastload
 from fastload.engine import Engine
 from fastload.errors import FastloadError
 from fastload.plugins import manager
+from fastload.pools import Pools
 from fastload.settings import Settings
 from fastload.testing import Fault, Hub
 from fastload.types import Request
@@ -134,19 +136,34 @@ print(json.dumps(status))
     assert run(code, FASTLOAD_STALL_S="60") == 0
 
 
-async def test_a_transfer_that_is_cancelled_as_it_finishes_closes_its_files(hub: Hub, tmp_path: Path):
+async def test_a_transfer_that_is_cancelled_as_it_finishes_closes_its_files(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Not the collector does: whoever turned it off would keep a journal open for each model."""
     settings = Settings.resolve(cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
+    engine_pm = await asyncio.to_thread(manager, settings)
+    busy = threading.Event()
     kinds: list[str] = []
 
     def emit(message: dict[str, Any]) -> None:
         kinds.append(message["kind"])
         if message["kind"] == "finished":
+            for _ in range(4):  # no thread is free when the files are to be closed
+                pools[0]._disk.submit(busy.wait)
             task.cancel()
+            asyncio.get_running_loop().call_later(0.05, busy.set)
 
+    pools: list[Pools] = []
+    made = Pools.__init__
+
+    def make(self: Pools) -> None:
+        made(self)
+        pools.append(self)
+
+    monkeypatch.setattr(Pools, "__init__", make)
     gc.disable()
     try:
-        task = asyncio.create_task(Engine(settings, emit, manager(settings)).run(Request("org/m")))
+        task = asyncio.create_task(Engine(settings, emit, engine_pm).run(Request("org/m")))
         await asyncio.wait({task})
         descriptors = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
         links = [str(fd.readlink()) for fd in descriptors if fd.is_symlink()]  # the listing's own is gone

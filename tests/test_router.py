@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import inspect
 import os
@@ -413,15 +414,29 @@ def test_who_kept_the_router_still_opens_files(start: Callable[..., Arrival], fo
     assert type(kept(folder / "m.safetensors", "pt")) is KEPT["real"]
 
 
-def test_links_stand_in_memory_unless_somebody_chose_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("memory_is", ["there", "full", "away"])
+def test_links_stand_in_memory_if_they_can_unless_temporary_files_go_elsewhere(
+    start: Callable[..., Arrival], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_is: str
+):
     """To remove them from a disk is what a model would wait for."""
-    memory, chosen = tmp_path / "memory", tmp_path / "chosen"
-    memory.mkdir()
-    chosen.mkdir()
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    disk.mkdir()
+    if memory_is != "away":
+        memory.mkdir()
+    if memory_is == "full":
+        real = os.symlink
+
+        def symlink(target: str, link: Path, *args: Any, **kwargs: Any) -> None:
+            if memory in Path(link).parents:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(target, link, *args, **kwargs)
+
+        monkeypatch.setattr(os, "symlink", symlink)
     monkeypatch.setattr(serving, "_MEMORY", memory)
-    monkeypatch.setattr(tempfile, "tempdir", str(chosen))
-    assert serving._temporary_folder().parent == chosen
-    monkeypatch.setattr(serving, "_DEFAULT", str(chosen))
-    assert serving._temporary_folder().parent == memory
-    memory.rename(tmp_path / "gone")
-    assert serving._temporary_folder().parent == chosen
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    arrival = start()
+    for default, wanted in (("/elsewhere", disk), (str(disk), memory if memory_is == "there" else disk)):
+        monkeypatch.setattr(serving, "_DEFAULT", default)
+        with stream_of(arrival).served() as folder:
+            assert wanted in folder.parents
+        assert not [*disk.iterdir(), *(memory.iterdir() if memory.exists() else ())]

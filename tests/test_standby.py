@@ -15,7 +15,7 @@ from transfers import LARGE, write_weights
 
 from fastload.settings import Settings
 from fastload.standby import Standby, standing_by, started
-from fastload.testing import Hub
+from fastload.testing import Fault, Hub
 
 #: Counts the processes that are started, and tells whether the caller knew by then what it was asked for.
 COUNT = """
@@ -90,9 +90,9 @@ def test_a_call_that_fails_before_its_transfer_leaves_no_child(call: str, hub: H
 try:
     {call}
 except fastload.FastloadError:
-    print(json.dumps([len(knew), left()]))
+    print(json.dumps([knew, left()]))
 """
-    assert told(code)[1] == []
+    assert told(code) == [[False], []]
 
 
 def test_a_child_that_was_started_too_early_is_replaced(hub: Hub, tmp_path: Path):
@@ -106,15 +106,48 @@ def test_a_child_that_was_started_too_early_is_replaced(hub: Hub, tmp_path: Path
     assert told(code, PYTHONPATH=f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}{tmp_path}") == [[False, True], []]
 
 
-def test_a_child_that_nobody_takes_ends_with_its_block():
+def test_a_child_that_nobody_takes_ends_with_its_block(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastload.standby._is_first", True)
     with standing_by("org/m", Settings()) as standby:
-        if standby is None:  # another test of this process was first
-            standby = Standby(())
-    standby.dismiss()
-    standby.dismiss()
-    process = standby._process
-    assert process.returncode is not None
+        assert standby is not None and standby.fits
+    assert standby._process.returncode is not None
     assert not standby.fits
+    standby.dismiss()
+
+
+def test_an_interpreter_that_ends_at_once_is_an_error_of_ours(hub: Hub, tmp_path: Path):
+    """It never reads what is written to it."""
+    broken = tmp_path / "python"
+    broken.symlink_to("/bin/false")
+    code = f"""
+import fastload.standby
+fastload.standby.executable = lambda: Path({str(broken)!r})
+for _ in range(5):
+    fastload.standby._is_first = True
+    try:
+        fastload.load_tensors('org/m')
+    except fastload.FastloadError as e:
+        assert 'ended with status 1' in str(e), e
+print(json.dumps(left()))
+"""
+    assert told(code) == []
+
+
+def test_an_interrupt_during_the_imports_of_a_call_leaves_no_child(hub: Hub):
+    hub.script(Fault("hold", path=LARGE, times=None))
+    code = """
+import importlib.abc
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == 'fastload.loading':
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+try:
+    fastload.load_tensors('org/m')
+except KeyboardInterrupt:
+    print(json.dumps([len(knew), left()]))
+"""
+    assert told(code) == [1, []]
 
 
 def test_a_child_ends_when_the_program_dies_before_it_gives_orders():
