@@ -18,6 +18,8 @@ from programs import ENVIRON, alive, children, held, landed_bytes, program, run,
 from transfers import LARGE, RANGE, expected_bytes, tensor_bytes, write_weights
 
 import fastload
+from fastload import asking
+from fastload import running as transfers
 from fastload.errors import FastloadError, IntegrityError
 from fastload.testing import Fault, Hub
 
@@ -524,3 +526,24 @@ def nothing_started_is_left() -> Iterator[None]:
         begun.cancel()
         begun.join()
     running._started.clear()
+
+
+async def test_who_is_cancelled_before_he_joins_a_transfer_leaves_it_to_the_next(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    real, begun, go = asking.ask, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        go.wait()
+        return real(*args, **kwargs)
+
+    running = await asyncio.to_thread(fastload.start, "org/m")
+    monkeypatch.setattr(asking, "ask", slow)
+    task = asyncio.create_task(fastload.aload_tensors("org/m"))
+    await asyncio.to_thread(begun.wait)
+    task.cancel()
+    await asyncio.wait({task})
+    go.set()
+    assert await asyncio.to_thread(lambda: transfers.join(real("org/m"))) is running
+    await asyncio.to_thread(running.cancel)
