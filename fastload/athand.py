@@ -57,27 +57,31 @@ def by_blob(manifest: Manifest, selection: Selection, cache: RepoCache) -> list[
     return list(downloads.values())
 
 
-def deliver(request: Request, settings: Settings, pm: Any, emit: Callable[[dict[str, Any]], None]) -> bool:
-    """Deliver what *request* names, if it is all there; else tell nothing and return False. Blocks on the disk.
+def deliver(request: Request, settings: Settings, pm: Any, emit: Callable[[dict[str, Any]], None]) -> list[Path] | None:
+    """Deliver what *request* names, if it is all there; else tell nothing and return ``None``. Blocks on the disk.
 
     Args:
         emit: Takes each message, as an engine's does.
+
+    Returns:
+        Those weights that are not in memory, in the order in which they will be read.
     """
     if request.on_demand:
-        return False
+        return None
     events = Events([lambda event: emit({"kind": "event", "event": event.to_record()})])
     started_s = events.clock()
     try:
         manifest = _manifest(request, settings, pm)
         if manifest is None:
-            return False
+            return None
         selection = select(manifest, request.patterns, everything=request.everything, options=request.options)
         cache = cache_of(manifest.source, settings)
         found = _find_all(by_blob(manifest, selection, cache), cache.snapshot_path(manifest.commit))
-        if found is None or not (request.everything or all(is_resident(found[path]) for path in selection.weights)):
-            return False  # or not in memory: the transfer process reads it ahead
+        if found is None:
+            return None
+        cold = [] if request.everything else [found[p] for p in selection.weights if not is_resident(found[p])]
     except (FastloadError, OSError):  # whoever does the whole work says what is wrong
-        return False
+        return None
     events.emit(
         "resolve.finished", seconds=events.clock() - started_s, commit=manifest.commit, files=len(selection.files),
         requests=0, bytes=sum(f.size for f in selection.files),
@@ -89,7 +93,7 @@ def deliver(request: Request, settings: Settings, pm: Any, emit: Callable[[dict[
         emit({"kind": "ready", "file": file.path, "final": str(found[file.path])})
     events.emit("transfer.finished", bytes=0, requests=0)
     emit({"kind": "finished"})
-    return True
+    return cold
 
 
 def _manifest(request: Request, settings: Settings, pm: Any) -> Manifest | None:

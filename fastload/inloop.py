@@ -30,7 +30,7 @@ async def in_loop(asked: Asked, *, settle: bool = False) -> AsyncIterator[Transf
 
     async def run() -> None:
         try:
-            if await asyncio.to_thread(deliver, asked.request, asked.settings, asked.pm, transfer.apply):
+            if await asyncio.to_thread(deliver, asked.request, asked.settings, asked.pm, transfer.apply) is not None:
                 return
             engine = await asyncio.to_thread(engine_class)
             await engine(asked.settings, transfer.apply, asked.pm).run(asked.request, settle=settle)

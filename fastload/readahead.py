@@ -3,17 +3,19 @@
 A framework maps a cached file and touches its pages one by one: measured, 1 GB on a local disk takes 1.5 s and 1.4
 CPU-seconds that way, and 0.7 s and 0.4 when the kernel was told before what is wanted. On network filesystems, where each
 fault is a round trip, others report factors of 8 to 50.
+
+A process that does nothing else imports this module (:mod:`fastload.ahead`): it must stay cheap to import.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
-from .events import log
+TYPE_CHECKING = False  # typing's own costs its import
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 #: Guessed: how much a cancelled thread may still ask for.
 _WINDOW_BYTES = 16 << 20
@@ -28,7 +30,7 @@ _SHARE_OF_MEMORY = 0.7
 _PROBES = 16
 
 
-def is_resident(path: Path) -> bool:
+def is_resident(path: Path | str) -> bool:
     """Tell whether most of the file is in memory, by a look at a few places; what is not there begins to be read.
 
     Raises:
@@ -56,18 +58,18 @@ def is_resident(path: Path) -> bool:
 def _available_bytes() -> int:
     """Return what programs may still take (proc_meminfo(5), MemAvailable); a lot where nothing tells."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
     except OSError:
         return 1 << 62
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 62)
 
 
-def _pieces(paths: Sequence[Path]) -> list[tuple[Path, int]]:
+def _pieces(paths: Sequence[Path | str]) -> list[tuple[Path | str, int]]:
     """Return where to read those of *paths* that are not in memory, as long as they fit there."""
     left = int(_available_bytes() * _SHARE_OF_MEMORY)
-    pieces: list[tuple[Path, int]] = []
+    pieces: list[tuple[Path | str, int]] = []
     for path in paths:
-        size = path.stat().st_size
+        size = os.stat(path).st_size
         left -= size
         if left < 0:
             break
@@ -76,12 +78,21 @@ def _pieces(paths: Sequence[Path]) -> list[tuple[Path, int]]:
     return pieces
 
 
+def possible() -> bool:
+    """Tell whether this system has what it takes."""
+    return hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")
+
+
 async def bring(paths: Sequence[Path]) -> None:
     """Let the kernel read *paths*, one after the other, from the first byte on; returns when it has been told all.
 
     Cancelling ends it soon. A file that cannot be read is left to whoever needs it.
     """
-    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
+    import asyncio
+
+    from .events import log
+
+    if not possible():
         return
     try:
         pieces = iter(await asyncio.to_thread(_pieces, paths))
@@ -97,7 +108,35 @@ async def bring(paths: Sequence[Path]) -> None:
         log.debug("files of the cache are not read ahead: %s", e.exceptions)
 
 
-def _advise(path: Path, start: int) -> None:
+def main(paths: Sequence[str]) -> None:
+    """As :func:`bring`, as all that this process does; ends at once when standard input does. Never returns."""
+    import threading
+
+    def work(pieces: Iterator[tuple[Path | str, int]]) -> None:
+        try:
+            for path, start in pieces:
+                _advise(path, start)
+        except OSError:  # it has vanished: whoever needs it will say so
+            pass
+
+    def watch() -> None:
+        os.read(0, 1)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        pieces = _pieces(paths)
+    except OSError:
+        pieces = []
+    workers = [threading.Thread(target=work, args=(iter(pieces[index::_AT_ONCE]),)) for index in range(_AT_ONCE)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    os._exit(0)
+
+
+def _advise(path: Path | str, start: int) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for step in range(start, start + _WINDOW_BYTES, _STEP_BYTES):

@@ -7,13 +7,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
+from .ahead import ReadAhead
 from .asking import Asked
 from .athand import deliver
 from .errors import FastloadError
 from .events import Events, Observer, log
 from .garbage import rarely
+from .readahead import possible
 from .rendezvous import Joined, call
 from .settings import Settings
 from .standby import Standby
@@ -73,13 +76,23 @@ class Running:
         self, process: bool, settle: bool, connection: socket.socket | None, standby: Standby | None
     ) -> _Carrier:
         asked = self._asked
-        if deliver(asked.request, asked.settings, asked.pm, self.transfer.apply):
+        cold = deliver(asked.request, asked.settings, asked.pm, self.transfer.apply)
+        if cold is not None:
             if connection is not None:
                 connection.close()
-            return _Nobody()
+            return self._read_ahead(cold)
         if connection is not None:
             return Joined(asked, self.transfer, connection, lambda: self._make(process, settle))
         return self._make(process, settle, standby)
+
+    def _read_ahead(self, cold: list[Path]) -> _Carrier:
+        settings = self._asked.settings
+        if cold and settings.read_ahead and settings.process and possible():
+            try:
+                return ReadAhead(cold)
+            except OSError as e:
+                log.debug("files of the cache are not read ahead: %s", e)
+        return _Nobody()
 
     def _make(self, process: bool, settle: bool, standby: Standby | None = None) -> _Carrier:
         asked = self._asked

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pagecache import evict
+from programs import alive, program, until
 from transfers import expected_bytes, tensor_bytes, write_weights
 
 import fastload
 from fastload import running
+from fastload.ahead import ReadAhead
 from fastload.errors import NotFoundError, OfflineError
 from fastload.events import Event
 from fastload.lock import Lock
+from fastload.readahead import is_resident
 from fastload.testing import Hub
 
 
@@ -137,3 +142,44 @@ def test_what_cannot_be_had_is_refused_as_always(hub: Hub, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OfflineError):
         fastload.load_tensors("org/other")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into the page cache")
+@pytest.mark.parametrize("read_ahead", [True, False])
+def test_weights_that_are_not_in_memory_are_brought_there_by_a_process_that_does_nothing_else(
+    snapshot: fastload.Snapshot, folder: Path, hub: Hub, nobody: None, read_ahead: bool
+):
+    [weights] = [p.resolve() for p in snapshot.path.rglob("*.safetensors")]
+    evict(weights)
+    asked = len(hub.requests)
+    tensors = fastload.load_tensors("org/m", revision=snapshot.commit, settings={"read_ahead": read_ahead})
+    carrier = running._at_work[-1]._carrier
+    assert isinstance(carrier, ReadAhead) == read_ahead
+    carrier.join()
+    if read_ahead:
+        assert is_resident(weights)
+        assert carrier._process.returncode == 0
+    fastload.quiesce()
+    assert tensor_bytes(tensors) == expected_bytes(folder / "model.safetensors")
+    assert len(hub.requests) == asked
+
+
+def test_a_process_that_reads_ahead_ends_when_it_is_told_to_and_with_its_program(tmp_path: Path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # opening it waits until somebody writes: so does the process
+    reading = ReadAhead([pipe])
+    assert not reading.ended
+    reading.stop()
+    assert not reading.ended
+    assert reading.rest(60.0)
+    code = """
+import os, signal, sys
+from pathlib import Path
+from fastload.ahead import ReadAhead
+print(ReadAhead([Path(sys.argv[1])])._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with program(code, str(pipe)) as process:
+        pid = int(process.stdout.readline()) if process.stdout is not None else 0
+        assert pid
+        until(lambda: not alive(pid), "it ends with its program")
