@@ -1,6 +1,6 @@
 """A process that has cached weights read into memory while the program imports and builds: nobody else is needed for them.
 
-It imports next to nothing, so it is at work 20 ms after the call; the transfer process would take 0.25 s. In a thread of the
+It imports next to nothing, so it is at work 30 ms after the call; the transfer process would take 0.25 s. In a thread of the
 program it would wait for the GIL at each of thousands of calls.
 """
 
