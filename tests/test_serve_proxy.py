@@ -64,6 +64,9 @@ async def talk(request):
     except asyncio.CancelledError:
         await note("cut off")
         raise
+    except ConnectionResetError:  # the same, told to somebody who was about to write
+        await note("cut off")
+        return ws
     sockets.discard(ws)
     await note(f"closed {ws.close_code}")
     return ws
