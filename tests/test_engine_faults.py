@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from programs import held, until
 from transfers import LARGE, MODEL, RANGE, SMALL, asked, fetch, in_cache, noise
 
+from fastload.concurrency import Concurrency
 from fastload.errors import (
     AccessError,
     AllMirrorsFailedError,
@@ -512,14 +514,24 @@ async def test_one_connection_brings_everything_small_files_first(tmp_path: Path
     assert verified[-1] == LARGE and len(verified) == 121
 
 
-async def test_connections_that_a_hub_throttles_away_leave_their_work_to_the_last_one(
-    tmp_path: Path, make_hub: Callable[..., Hub]
+async def test_connections_that_are_given_up_leave_their_work_to_the_last_one(
+    tmp_path: Path, make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPatch
 ):
+    """The first one waits for weights by then, which are not looked at before small files are done."""
+    given_up: list[int] = []
+
+    def look(self: Concurrency, received_bytes: int, **how: object) -> None:
+        given_up.append(received_bytes)
+        self.limit = 1
+
+    monkeypatch.setattr(Concurrency, "look", look)
     small = {f"{n:03}.json": noise(100, n) for n in range(160)}
-    busy = [
-        Fault("status", status=429, headers={"Retry-After": "0"}, path="*.json", skip=20 * n, times=1) for n in range(6)
-    ]
-    hub = make_hub({"org/m": {**small, LARGE: MODEL[LARGE]}}, faults=busy)
-    outcome = await fetch(tmp_path, hub.endpoint, connections=16, ring_bytes=16 * RANGE, attempts=10)
+    hub = make_hub({"org/m": {**small, LARGE: MODEL[LARGE]}}, faults=[Fault("hold", path="*.json", times=7)])
+    task = asyncio.create_task(fetch(tmp_path, hub.endpoint, connections=8, ring_bytes=8 * RANGE, stall_s=60))
+    await asyncio.to_thread(held, hub, 7)
+    await asyncio.to_thread(until, lambda: given_up)
+    hub.release()
+    async with asyncio.timeout(30):  # it hung for ever
+        outcome = await task
     assert outcome.error is None
     assert len(outcome.contents()) == 161
