@@ -260,12 +260,7 @@ class Joined:
                     for line in lines:
                         if line.endswith(b"\n"):  # else it was killed in the middle of a word
                             self._transfer.apply(json.loads(line))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # it has ended, or is another version's, and speaks otherwise
+        except (OSError, ValueError, KeyError, TypeError):  # it has ended, or is of a version that speaks otherwise
             pass
         with self._lock:
             if self._transfer.finished or self._transfer.error is not None:
