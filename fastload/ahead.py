@@ -11,7 +11,10 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .events import log
 from .priority import NICE
+from .readahead import possible
+from .settings import Settings
 from .standby import close_pipes, executable
 
 #: Isolated, and without the site's own start: nothing but this package and the standard library is needed.
@@ -69,3 +72,14 @@ class ReadAhead:
 
     def stop(self) -> None:
         """Leave it to its work: the load is over, and its tensors are being read."""
+
+
+def ahead(paths: Sequence[Path], settings: Settings) -> ReadAhead | None:
+    """Have *paths* read into memory by a process, if there are any and it may and can be had."""
+    if not paths or not settings.read_ahead or settings.process is False or not possible():
+        return None
+    try:
+        return ReadAhead(paths)
+    except OSError as e:
+        log.debug("files of the cache are not read ahead: %s", e)
+        return None

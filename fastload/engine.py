@@ -80,21 +80,32 @@ class Engine:
                 except BaseExceptionGroup as group:
                     raise _first(group) from None
                 if settle:
-                    for download, path in self._published:
-                        await pools.off(download.sync, path)
+                    await pools.off(self.settle)
             except FastloadError as e:
                 self._emit({"kind": "failed", "error": to_record(e)})
                 raise
             finally:
                 await pools.surely(close_all, self._open)  # see Download.close
 
-    async def read_ahead(self) -> None:
-        """After :meth:`run`: bring the weights that were in the cache, but not in memory, there before a framework asks.
+    def settle(self) -> None:
+        """Make what :meth:`run` delivered safe from a power cut. Blocks, for as long as the disk takes.
 
-        Without effect after a transfer whose aim was the cache alone.
+        Raises:
+            CacheError: The disk failed.
         """
-        if self._spare and self.settings.read_ahead:
-            await bring(sorted(self._found, key=lambda path: natural_key(path.name)))
+        while self._published:
+            download, path = self._published.pop(0)
+            download.sync(path)
+
+    @property
+    def found(self) -> list[Path]:
+        """The weights that were there already and that somebody will read; none after a transfer whose aim was the cache."""
+        return sorted(self._found, key=lambda path: natural_key(path.name)) if self._spare else []
+
+    async def read_ahead(self) -> None:
+        """After :meth:`run`: bring those of :attr:`found` that are not in memory there before a framework asks."""
+        if self.settings.read_ahead:
+            await bring(self.found)
 
     async def _run(self, request: Request, pools: Pools) -> None:
         token = await pools.off(read_token, self.settings)

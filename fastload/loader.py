@@ -1,7 +1,7 @@
 """The public calls: load, load_tensors, stream, prefetch, start, and their asyncio twins.
 
-The sync ones run the engine in a child process (``prefetch``: in a thread) and build in the caller's thread; the twins run
-it in the caller's event loop and build in a worker thread. Everything else is shared.
+The sync ones run the engine in a child process or a thread (:mod:`fastload.apart`) and build in the caller's thread; the twins
+run it in the caller's event loop and build in a worker thread. Everything else is shared.
 
 Little is imported with this module: the rest is, while the first call's child comes up (:mod:`fastload.opening`).
 """
@@ -187,9 +187,9 @@ def start(
         options: Those of ``load``'s that choose files matter: framework, variant, subfolder, use_safetensors.
     """
     with asking(
-        source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,
-        framework=options.pop("framework", None), options=options,
-    ) as (asked, standby):  # fmt: skip
+        source, imports_follow=True, revision=revision, files=files, mirrors=mirrors, settings=settings,
+        observers=observers, lock=lock, framework=options.pop("framework", None), options=options,
+    ) as (asked, standby, _):  # fmt: skip
         from .running import begin
 
         return begin(asked, standby)

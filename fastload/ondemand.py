@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import running as started_here
+from .apart import better_apart
 from .asking import Asked, ask
 from .cache import RepoCache
 from .errors import FastloadError, IntegrityError, SourceChangedError
@@ -34,7 +35,10 @@ class OnDemand:
     def __init__(self, asked: Asked, running: Running | None = None) -> None:
         self._asked = asked
         self._owned = running is None
-        self._running = running or Running(replace(asked, request=replace(asked.request, on_demand=True)), process=True)
+        if running is None:
+            asked_for_parts = replace(asked, request=replace(asked.request, on_demand=True))
+            running = Running(asked_for_parts, process=better_apart(asked.settings, options={}))
+        self._running = running
         self._transfer = self._running.transfer
         self._lock = threading.Lock()
         self._in_flight: list[InFlight] = []

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .apart import better_apart
 from .settings import Settings
 from .standby import Standby, standing_by
 
@@ -22,25 +23,34 @@ T = TypeVar("T")
 
 
 @contextmanager
-def asking(source: str | os.PathLike[str], **arguments: Any) -> Iterator[tuple[Asked, Standby | None]]:
-    """Resolve *arguments*; give what is asked for, and a process that will be ready to fetch it."""
-    revision, options = arguments.get("revision"), arguments.get("options", {})
+def asking(
+    source: str | os.PathLike[str], *, imports_follow: bool = False, **arguments: Any
+) -> Iterator[tuple[Asked, Standby | None, bool]]:
+    """Resolve *arguments*; give what is asked for, a process that will be ready to fetch it, and whether one should.
+
+    Args:
+        imports_follow: Upon this call, whatever the program has imported already.
+    """
+    revision, options = arguments.get("revision"), arguments.get("options")
+    named = options or {}
     settings = Settings.resolve(
-        arguments.get("settings"), offline=options.get("local_files_only"), cache_dir=options.get("cache_dir")
+        arguments.get("settings"), offline=named.get("local_files_only"), cache_dir=named.get("cache_dir")
     )
-    with standing_by(source, settings, revision=revision, locked=arguments.get("lock") is not None) as standby:
+    apart = imports_follow or better_apart(settings, arguments.get("framework"), options)
+    locked = arguments.get("lock") is not None
+    with standing_by(source, settings, revision=revision, locked=locked) if apart else nullcontext() as standby:
         from .asking import ask
 
-        yield ask(source, **arguments), standby
+        yield ask(source, **arguments), standby, apart
 
 
 @contextmanager
 def opened(source: str | os.PathLike[str], **arguments: Any) -> Iterator[Loading]:
-    """Join the transfer that ``start`` began for this, or begin one in a child process; end it with the block."""
-    with asking(source, **arguments) as (asked, standby):
+    """Join the transfer that ``start`` began for this, or begin one; end it with the block."""
+    with asking(source, **arguments) as (asked, standby, apart):
         from . import running as transfers
 
-        running = transfers.join(asked) or transfers.Running(asked, process=True, standby=standby)
+        running = transfers.join(asked) or transfers.Running(asked, process=apart, standby=standby)
     try:
         from .loading import Loading  # now that the child has its orders
 

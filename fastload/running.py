@@ -7,16 +7,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Protocol
 
-from .ahead import ReadAhead
+from .ahead import ahead
 from .asking import Asked
 from .athand import deliver
 from .errors import FastloadError
 from .events import Events, Observer, log
 from .garbage import rarely
-from .readahead import possible
 from .rendezvous import Joined, call
 from .settings import Settings
 from .standby import Standby
@@ -80,23 +78,14 @@ class Running:
         if cold is not None:
             if connection is not None:
                 connection.close()
-            return self._read_ahead(cold)
+            return ahead(cold, asked.settings) or _Nobody()
         if connection is not None:
             return Joined(asked, self.transfer, connection, lambda: self._make(process, settle))
         return self._make(process, settle, standby)
 
-    def _read_ahead(self, cold: list[Path]) -> _Carrier:
-        settings = self._asked.settings
-        if cold and settings.read_ahead and settings.process and possible():
-            try:
-                return ReadAhead(cold)
-            except OSError as e:
-                log.debug("files of the cache are not read ahead: %s", e)
-        return _Nobody()
-
     def _make(self, process: bool, settle: bool, standby: Standby | None = None) -> _Carrier:
         asked = self._asked
-        if process and asked.settings.process:
+        if process and asked.settings.process is not False:
             try:
                 return Child(asked.request, asked.settings, self.transfer, standby)
             except OSError as e:
@@ -213,7 +202,7 @@ def join(asked: Asked) -> Running | None:
 
 
 def _launched(asked: Asked) -> Running | None:
-    if not asked.settings.process:
+    if asked.settings.process is False:
         return None
     with _lock:
         known = asked.key in _called

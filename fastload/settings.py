@@ -103,7 +103,12 @@ class Settings:
     pause_gc: bool = _setting(
         True, "collect garbage rarely while a program starts, until its first model is loaded", "FASTLOAD_PAUSE_GC"
     )
-    process: bool = _setting(True, "run the transfer of load, stream and start in a child process", "FASTLOAD_PROCESS")
+    process: bool | None = _setting(
+        None,
+        "run the transfer of load, stream and start in a child process; unset: unless the program has imported what the"
+        " load needs and is at rest",
+        "FASTLOAD_PROCESS",
+    )
     netrc_path: Path = _setting(Path("~/.netrc"), "file that holds passwords, if trust_env", "NETRC")
     trust_env: bool = _setting(True, "honour HTTP(S)_PROXY, ALL_PROXY, NO_PROXY and .netrc", "FASTLOAD_TRUST_ENV")
     ca_file: Path | None = _setting(

@@ -129,7 +129,7 @@ def started(
 def standing_by(
     source: str | os.PathLike[str], settings: Settings, *, revision: str | None = None, locked: bool = False
 ) -> Iterator[Standby | None]:
-    """Have a transfer process come up while the block finds out its orders, if it is likely to be needed.
+    """Have a transfer process come up while the block finds out its orders, if somebody is likely to be asked for *source*.
 
     Only the first such call of a process has something to hide. Leaving the block ends what nobody took.
     """
@@ -154,7 +154,7 @@ def _first() -> bool:
 
 def _is_likely(source: str, settings: Settings, revision: str | None, locked: bool) -> bool:
     """Tell whether somebody will have to be asked for *source*; a wrong guess costs time, nothing else."""
-    if not settings.process or settings.offline or _LAUNCHED in os.environ:
+    if settings.process is False or settings.offline or _LAUNCHED in os.environ:
         return False
     name, _, pinned = source.removeprefix("hf://").partition("@")
     if "://" in name or os.path.exists(source):

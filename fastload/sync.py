@@ -11,7 +11,10 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .ahead import ReadAhead, ahead
 from .errors import FastloadError
+from .events import log
+from .readahead import is_resident
 from .settings import Settings
 from .transfer import Transfer
 from .types import Request
@@ -35,7 +38,12 @@ def engine_class() -> type[Engine]:
 
 
 class InThread:
-    """Runs one transfer in a thread; the same face as :class:`fastload.worker.Child`."""
+    """Runs one transfer in a thread; the same face as :class:`fastload.worker.Child`.
+
+    Args:
+        settle: The transfer is over when its files are safe from a power cut; otherwise they are made so after it, and
+            nobody waits for that.
+    """
 
     def __init__(
         self, request: Request, settings: Settings, transfer: Transfer, pm: Any, *, settle: bool = False
@@ -49,6 +57,7 @@ class InThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
+        self._ahead: ReadAhead | None = None
         self._stopped = False
         # A daemon, so that a program that ends without closing its transfer is not kept from ending.
         self._thread = threading.Thread(target=self._main, name="fastload-loop", daemon=True)
@@ -67,6 +76,21 @@ class InThread:
             finally:
                 with self._lock:
                     self._loop = None
+        if self._engine is not None and self._transfer.finished and not self._settle:
+            # Here, not in a pool: the program may end meanwhile, and the interpreter would wait for a pool's threads.
+            self._rest_of(self._engine)
+
+    def _rest_of(self, engine: Engine) -> None:
+        """Do what nobody waits for."""
+        try:
+            with self._lock:
+                if not self._stopped:
+                    self._ahead = ahead([path for path in engine.found if not is_resident(path)], self._settings)
+            engine.settle()
+        except (FastloadError, OSError) as e:
+            log.warning("after the transfer: %s", e)
+        if self._ahead is not None:
+            self._ahead.join()
 
     async def _run(self) -> None:
         with self._lock:
@@ -95,11 +119,21 @@ class InThread:
 
     def rest(self, timeout_s: float) -> bool:
         """As :meth:`fastload.worker.Child.rest`."""
+        if self._transfer.finished and not self._settle:
+            with self._lock:
+                self._stopped = True
+            if self._ahead is not None:
+                self._ahead.rest(0)
         self._thread.join(timeout_s)
         return self.ended
 
     def stop(self) -> None:
-        """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated."""
+        """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated.
+
+        As with a child, what was delivered is left to be made safe.
+        """
+        if self._transfer.finished and not self._settle:
+            return
         with self._lock:
             stopped, self._stopped = self._stopped, True
             if not stopped and self._loop is not None and self._task is not None:

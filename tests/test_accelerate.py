@@ -462,6 +462,7 @@ def test_a_transfer_that_dies_under_its_readers_is_finished_the_plain_way(
         take(self, name)
 
     monkeypatch.setattr(inflight.InFlight, "take", taken)
+    monkeypatch.setenv("FASTLOAD_PROCESS", "1")
     with pytest.warns(FastloadWarning, match="plain way"), fastload.accelerate(), ThreadPoolExecutor(1) as pool:
         load = transformers.AutoModelForCausalLM.from_pretrained
         loading = pool.submit(load, "org/model", cache_dir=tmp_path / "ours")
@@ -481,6 +482,7 @@ def test_a_transfer_that_dies_with_the_hub_raises_what_the_library_raises(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     hub.script(Fault("hold", path="*.safetensors", times=None, offset=2_700_000))
+    monkeypatch.setenv("FASTLOAD_PROCESS", "1")
     with pytest.raises(OSError), pytest.warns(FastloadWarning), fastload.accelerate(), ThreadPoolExecutor(1) as pool:
         loading = pool.submit(transformers.AutoModel.from_pretrained, "org/model", cache_dir=tmp_path)
         hub.wait(lambda requests: any(r.held for r in requests))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import json
 import shutil
@@ -117,6 +118,39 @@ def test_every_step_that_the_disk_refuses_is_a_cache_error(tmp_path: Path) -> No
         asyncio.run(cache.write_no_exist(COMMIT, ["a"]))
     assert cache.find(COMMIT, RemoteFile("a", 1, WEIGHTS)) is None
     assert cache.read_ref("main") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(0, None), (errno.ENOSYS, None), (errno.ESPIPE, None), (errno.EIO, "EIO"), (errno.ENOSPC, "ENOSPC")],
+)
+def test_large_file_is_made_safe_in_steps_whose_errors_count(
+    answer: int, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one call told of, a later fdatasync does not tell again."""
+    cache = RepoCache(tmp_path / "hub", REPO)
+    cache.prepare()
+    blob = cache.blob_path(WEIGHTS)
+    with open(blob, "wb") as file:
+        file.truncate(40 << 20)
+    steps: list[tuple[int, int]] = []
+
+    class C:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def sync_file_range(self, fd: int, start: Any, count: Any, flags: int) -> int:
+            steps.append((start.value, count.value))
+            ctypes.set_errno(answer)
+            return -1 if answer else 0
+
+    cache.sync(blob)  # the real one
+    monkeypatch.setattr(ctypes, "CDLL", C)
+    if error is None:
+        cache.sync(blob)
+    else:
+        with pytest.raises(CacheError, match=error):
+            cache.sync(blob)
+    assert steps[0] == (0, 16 << 20) and len(steps) == (1 if answer else 3)
 
 
 def test_error_of_the_engine_can_be_told_in_the_same_words(tmp_path: Path) -> None:

@@ -123,10 +123,11 @@ def test_sync_calls_work_under_a_running_loop(name: str, hub: Hub, expected: dic
     assert asyncio.run(notebook()) == expected
 
 
-def test_every_way_works_without_a_transfer_process(
-    way: Callable[[str], Any], hub: Hub, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("process", ["0", "1"])
+def test_every_way_works_with_and_without_a_transfer_process(
+    way: Callable[[str], Any], process: str, hub: Hub, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("FASTLOAD_PROCESS", "0")
+    monkeypatch.setenv("FASTLOAD_PROCESS", process)
     assert way("org/m") == expected
 
 
@@ -140,6 +141,7 @@ def test_where_no_process_can_be_started_the_transfer_runs_here_and_says_so_once
     monkeypatch.setattr(running, "_warned", False)
     monkeypatch.setattr(sys, "executable", executable)
     monkeypatch.setattr(sys, "exec_prefix", "/nonexistent")
+    monkeypatch.setenv("FASTLOAD_PROCESS", "1")
     assert WAYS["load_tensors"]("org/m") == expected
     assert WAYS["stream"]("org/m") == expected
     assert caplog.text.count("no transfer process can be started") == 1
@@ -153,6 +155,7 @@ def test_a_program_that_embeds_python_is_not_started_as_if_it_were_python(
     server.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     server.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(server))
+    monkeypatch.setenv("FASTLOAD_PROCESS", "1")
     assert WAYS["load_tensors"]("org/m") == expected
     assert not (tmp_path / "started").exists()
     assert "no transfer process" not in caplog.text  # the Python of its prefix does

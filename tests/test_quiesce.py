@@ -65,7 +65,7 @@ def hub(make_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-@pytest.mark.parametrize("process", ["0", "1"])
+@pytest.mark.parametrize("process", ["", "0", "1"])
 @pytest.mark.parametrize(
     "work",
     [

@@ -12,7 +12,8 @@ VERIFIES = "sha256"
 
 def prepare(job: dict[str, Any]) -> None:
     """Import what a server that runs already has."""
-    import fastload.loading  # what the first call imports
+    import fastload.engine  # what the first call imports, aiohttp too
+    import fastload.loading
     import fastload.running  # noqa: F401
 
     prepare_framework(job)

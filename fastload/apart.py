@@ -1,0 +1,60 @@
+"""Whether a transfer runs apart from the program, in a child process, or in a thread of it.
+
+Beside imports, and whatever else keeps the GIL, an engine in the same process falls to a fraction of its speed: a child is
+worth its start. In a program that has imported all that the load will need, and is at rest, it is not: 2 GB over an unthrottled
+link into a dict of tensors took 1.27 s and 1.05 CPU-s/GB in a thread, 1.69 s and 1.36 with a child (medians of 5, in turns,
+two cores), a quarter of a second of which was the child's start.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from .settings import Settings
+
+#: By framework, modules of which one is there when the seconds of its imports are over. Of others we do not know.
+_IMPORTED = {
+    None: ("transformers.modeling_utils", "diffusers.models.modeling_utils"),
+    "transformers": ("transformers.modeling_utils",),
+    "diffusers": ("diffusers.models.modeling_utils",),
+    "sentence_transformers": ("sentence_transformers.SentenceTransformer",),
+    "timm": ("timm.models",),
+    "open_clip": ("open_clip.model",),
+    "peft": ("peft.peft_model",),
+}
+#: What those need who want tensors alone.
+_TENSORS = ("torch",)
+_OF_TENSORS = ("torch", "gguf")
+#: So long the GIL is let go, time for whoever waits for it to wake and take it.
+_LET_GO_S = 0.0005
+#: Specified, sys.getswitchinterval(): who computes gives the GIL back after 5 ms. A wait of half of that is no accident.
+_BUSY_S = 0.0025
+
+
+def better_apart(settings: Settings, framework: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
+    """Tell whether a child should run a transfer that begins now.
+
+    Blocks for a millisecond, or as long as other threads keep the GIL.
+
+    Args:
+        options: Those of a ``load``; ``None``: tensors alone are wanted.
+    """
+    if settings.process is not None:
+        return settings.process
+    modules = _IMPORTED.get(framework, ()) if options is not None else _TENSORS
+    if framework in _OF_TENSORS or (options or {}).get("into") is not None:
+        modules = _TENSORS
+    return not any(name in sys.modules for name in modules) or _others_compute()
+
+
+def _others_compute() -> bool:
+    """Tell whether other threads of this process keep the GIL; other work on all cores may look the same."""
+    for _ in range(2):
+        let_go_s = time.perf_counter()
+        time.sleep(_LET_GO_S)
+        if time.perf_counter() - let_go_s > _LET_GO_S + _BUSY_S:
+            return True
+    return False
