@@ -118,6 +118,11 @@ class InFlight(Route):
         error = self.file.view.error or self._transfer.error
         return error if isinstance(error, IntegrityError) else None
 
+    @property
+    def is_moot(self) -> bool:
+        """As :attr:`Route.is_moot`: the file was published as its transfer failed, and nobody could say so any more."""
+        return self.doomed is not None and in_flight_fd(self._pointer) is None and os.path.exists(self._pointer)
+
     def close(self) -> None:
         """Let go of the file; if it is not there by now, no link to it stays. Handles stay usable."""
         with self._closing:  # not the other lock, under which somebody may be downloading

@@ -50,6 +50,11 @@ class Route:
         """Return a handle for ``safe_open(*args, **kwargs)``."""
         return Handle(self, *args, **kwargs)
 
+    @property
+    def is_moot(self) -> bool:
+        """Whether the file is in its place, and this route has nothing to add."""
+        return False
+
     def wait_verified(self) -> Path:
         """Block until the file is verified; return its final path."""
         return self.file.wait_verified()
@@ -184,7 +189,7 @@ class safe_open(metaclass=_Routing):
         """Return a streaming handle for a file that arrives, for every other one what the real one returns."""
         filename = args[0] if args else kwargs.get("filename")
         route = _routes.find(filename)
-        if route is None:
+        if route is None or route.is_moot:
             return _routes.real(*args, **kwargs)
         framework = args[1] if len(args) > 1 else kwargs.get("framework")
         if framework in _TORCH and (route.defers or not route.file.view.ready):

@@ -34,6 +34,7 @@ import fastload  # noqa: E402
 from fastload import inflight, ondemand  # noqa: E402
 from fastload.errors import FastloadWarning, IntegrityError, SourceChangedError  # noqa: E402
 from fastload.testing import Fault, Hub  # noqa: E402
+from fastload.transfer import Transfer  # noqa: E402
 
 __all__ = ["opened"]
 
@@ -185,6 +186,40 @@ def test_what_was_wrong_is_asked_for_again_before_the_first_transfer_is_cleared_
     assert diff_models(plain, ours) == []
 
 
+def test_a_file_that_was_published_as_its_transfer_failed_is_read_as_any_other(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The program has not heard that it is there, and its route still leads to the transfer."""
+    plain = load_llama(tmp_path / "plain")
+    real, end = Transfer.apply, ondemand.OnDemand._end
+    first, cleared = [], threading.Event()
+
+    def apply(self: Transfer, message: dict[str, Any]) -> None:
+        first[:] = first or [self]
+        if message["kind"] != "ready" or self is not first[0] or message["file"] != WEIGHTS:
+            real(self, message)
+
+    monkeypatch.setattr(Transfer, "apply", apply)
+    monkeypatch.setattr(
+        ondemand.OnDemand, "_end", lambda self, *a: (self._transfer is not first[0] or cleared.wait(), end(self, *a))
+    )
+    hub.script(flipped(OTHER), Fault("hold", path=OTHER, times=None, offset=LOADS[WEIGHTS][1]))
+    with fastload.accelerate(), ThreadPoolExecutor(1) as pool:
+        try:
+            loading = pool.submit(load_llama, tmp_path / "ours")
+            blobs = lambda: list((tmp_path / "ours").rglob(f"snapshots/*/{WEIGHTS}"))  # noqa: E731
+            until(lambda: blobs() and os.readlink(blobs()[0]).startswith("../../blobs/"))
+            hub.script(flipped(OTHER))
+            hub.release()
+            with pytest.raises(IntegrityError):
+                loading.result(60)
+            hub.script()
+            ours = load_llama(tmp_path / "ours")
+        finally:
+            cleared.set()
+    assert diff_models(plain, ours) == []
+
+
 def test_wrong_bytes_that_nobody_has_read_are_raised_at_the_end(hub: Hub, tmp_path: Path):
     hold(hub, SINGLE)
     names: dict[str, Any] = {"__name__": "transformers.modeling_utils", "get": huggingface_hub.hf_hub_download}
@@ -328,10 +363,17 @@ def test_any_name_of_the_cache_will_do(
 # -- surprises --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the transfer in a process that can be killed."""
+    monkeypatch.setenv("FASTLOAD_PROCESS", "1")
+
+
 def kill(transfer: ondemand.OnDemand) -> None:
     transfer._running._carrier._process.kill()
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_transfer_that_dies_before_its_files_are_opened_is_finished_the_plain_way(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -357,6 +399,7 @@ def test_a_transfer_that_dies_before_its_files_are_opened_is_finished_the_plain_
     assert os.readlink(next((tmp_path / "ours").rglob(f"snapshots/*/{SINGLE}"))).startswith("../../blobs/")
 
 
+@pytest.mark.usefixtures("apart")
 def test_wrong_bytes_from_the_plain_way_are_never_in_the_snapshot(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -376,6 +419,7 @@ def test_wrong_bytes_from_the_plain_way_are_never_in_the_snapshot(
     assert not list(tmp_path.rglob(f"snapshots/*/{SINGLE}"))
 
 
+@pytest.mark.usefixtures("apart")
 def test_wrong_bytes_that_landed_are_not_handed_out_once_the_file_came_the_plain_way(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -400,6 +444,7 @@ def test_wrong_bytes_that_landed_are_not_handed_out_once_the_file_came_the_plain
     assert diff_models(plain, ours) == []
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_transfer_that_dies_under_many_readers_warns_once(hub: Hub, tmp_path: Path, opened: threading.Event):
     plain = load_llama(tmp_path / "plain")
     hub.script(Fault("hold", path="*.safetensors", times=None, offset=1_200_000))
