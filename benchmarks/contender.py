@@ -10,12 +10,14 @@ call, ``prepare`` has done the rival's imports before.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from importlib import import_module
 from typing import Any
 
 from .rivals import Delivered
+from .supervise import descendants, used_cpu_s
 
 
 def main(rival: str, job_json: str, target: str) -> None:
@@ -25,8 +27,10 @@ def main(rival: str, job_json: str, target: str) -> None:
     if job["clock"] == "call":
         getattr(module, "prepare", _nothing)(job)
         record |= {"started_cpu_s": time.process_time(), "started_s": time.monotonic()}
+    used_s = _used_s()
     got = module.run(job)
     record["ready_s"] = time.monotonic()
+    record["ready_cpu_s"] = _used_s() - used_s
     delivered = got if isinstance(got, Delivered) else Delivered(got)
     if delivered.weights is not None:
         used_s = time.process_time()
@@ -36,6 +40,12 @@ def main(rival: str, job_json: str, target: str) -> None:
     record |= delivered.told
     with open(target, "w", encoding="utf-8") as file:
         json.dump(record, file)
+
+
+def _used_s() -> float:
+    """Return the CPU seconds that this process and all that it started have used so far."""
+    mine = os.times()
+    return sum(mine[:4]) + sum(map(used_cpu_s, descendants(os.getpid())))
 
 
 def _nothing(job: dict[str, Any]) -> None:

@@ -136,6 +136,12 @@ def _model_columns(results: Results) -> dict[str, Callable[[str], str]]:
         alone = reach.own_bytes(results, results.imports) if results.imports and results.is_loader(rival) else 0.0
         return f"{((reach.own_bytes(results, rival) or 0.0) - (alone or 0.0)) / 1e6:,.0f}"
 
+    def until_ready(rival: str) -> str:
+        if results.header["clock"] != "call" or moves_nothing(rival) or "stage_s" in results.runs[rival][0]:
+            return ""
+        found = results.spread(rival, lambda r: r.get("ready_cpu_s"))
+        return _median(found, 1 / gigabytes, ".2f") if found else ""
+
     def besides(name: str) -> Callable[[Record], float | None]:
         return lambda r: r.get(name) if metric != name and "stage_s" not in r else None
 
@@ -151,6 +157,7 @@ def _model_columns(results: Results) -> dict[str, Callable[[str], str]]:
         "until the last process is gone": shown(besides("gone_s"), ".2f"),
         "CPU-s": shown(results.cpu_s, ".2f"),
         f"CPU-s/GB{beyond}": rate(lambda r: results.work_s(r) / gigabytes, ".2f"),
+        "CPU-s/GB until the call returned": until_ready,
         "CPU-s/GB of the server": rate(lambda r: r.get("server_cpu_s", 0) / gigabytes, ".2f"),
         f"peak resident memory beyond the model{others}, MB": lambda rival: _peak(results, rival),
         f"of no file{beyond}, MB": extra_mb,

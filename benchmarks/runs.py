@@ -146,7 +146,7 @@ def _record(taken: Record, told: Record) -> tuple[Record, float]:
     record["ready_s"] = told["ready_s"] - started_s if told else record["wall_s"]
     record |= {name: told[name] - started_s for name in ("touched_s", "verified_s") if name in told}
     record["cached_s"] = record.get("verified_s", record["ready_s"])
-    record |= {name: told[name] for name in ("stage_s", "stage_cpu_s") if name in told}
+    record |= {name: told[name] for name in ("stage_s", "stage_cpu_s", "ready_cpu_s") if name in told}
     return record, started_s
 
 
