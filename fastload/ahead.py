@@ -7,10 +7,10 @@ program it would wait for the GIL at each of thousands of calls.
 from __future__ import annotations
 
 import subprocess
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from .carrier import Carrier
 from .events import log
 from .priority import NICE
 from .readahead import possible
@@ -27,8 +27,8 @@ main(sys.argv[2:])
 """
 
 
-class ReadAhead:
-    """Reads *paths* into memory; the same face as :class:`fastload.worker.Child`, for a transfer that is over.
+class ReadAhead(Carrier):
+    """Reads *paths* into memory, for a transfer that is over: ``stop`` leaves it to its work, whose tensors are being read.
 
     Raises:
         OSError: No process can be started here.
@@ -45,33 +45,16 @@ class ReadAhead:
             stdout=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is the program's to handle
         )
-        self._thread = threading.Thread(target=self._reap, name="fastload-child", daemon=True)
-        self._thread.start()
+        self._begin(self._reap, "fastload-child")
 
     def _reap(self) -> None:
         self._process.wait()
         close_pipes(self._process)
 
-    def want(self, paths: Iterable[str]) -> None:
-        """Nothing is on demand here."""
-
-    def join(self) -> None:
-        """Wait until the process has ended and has been reaped."""
-        self._thread.join()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its thread, and the process with it, is gone."""
-        return not self._thread.is_alive()
-
     def rest(self, timeout_s: float) -> bool:
         """Let it end now; tell whether it has been reaped by then."""
         close_pipes(self._process)
-        self._thread.join(timeout_s)
-        return self.ended
-
-    def stop(self) -> None:
-        """Leave it to its work: the load is over, and its tensors are being read."""
+        return super().rest(timeout_s)
 
 
 def ahead(paths: Sequence[Path], settings: Settings) -> ReadAhead | None:

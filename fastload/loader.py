@@ -13,20 +13,22 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .opening import aopened, asking, in_thread, opened
+from .late import Late
+from .opening import aopened, in_thread, opened, prepared
 from .unawaited import warns_unawaited
 
 if TYPE_CHECKING:
     import torch
 
-    from .asking import LockLike, SettingsLike
-    from .events import Observer
-    from .running import Running
-    from .tensors import AsyncTensorStream, TensorStream
-    from .types import Manifest, Snapshot
+    from . import asking, events, running, tensors, types
+else:
+    torch = Late("torch")
+    asking, events, running, tensors, types = (
+        Late(f"{__package__}.{name}") for name in ("asking", "events", "running", "tensors", "types")
+    )
 
 
-def resolve(source: str, *, revision: str | None = None, settings: SettingsLike = None) -> Manifest:
+def resolve(source: str, *, revision: str | None = None, settings: asking.SettingsLike = None) -> types.Manifest:
     """Return the list of all files of *source* with sizes and digests: one metadata request, nothing is fetched."""
     from .asking import ask
     from .listing import list_files
@@ -46,9 +48,9 @@ def load(
     framework: str | None = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
     **options: Any,
 ) -> Any:
     """Return the framework's object for *source*, as its ``from_pretrained`` gives it, built while the bytes arrive.
@@ -87,9 +89,9 @@ def load_tensors(
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
 ) -> dict[str, torch.Tensor]:
     """Return all tensors of *source*'s weight files by name.
 
@@ -111,10 +113,10 @@ def stream(
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
-) -> Iterator[TensorStream]:
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
+) -> Iterator[tensors.TensorStream]:
     """Give *source*'s tensors under ``safe_open``'s names, each as soon as its bytes landed.
 
     Leaving the block without an exception waits until every file that tensors were taken from is verified, and raises if
@@ -138,10 +140,10 @@ def prefetch(
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
-) -> Snapshot:
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
+) -> types.Snapshot:
     """Fetch *source* into the cache, verified and safe from a power cut; needs no torch.
 
     Args:
@@ -172,11 +174,11 @@ def start(
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
     **options: Any,
-) -> Running:
+) -> running.Running:
     """Begin to fetch what a later :func:`load` of *source* will need; returns at once.
 
     A process without torch does it, so that imports and everything else go on beside it. A later ``load``,
@@ -186,7 +188,7 @@ def start(
     Args:
         options: Those of ``load``'s that choose files matter: framework, variant, subfolder, use_safetensors.
     """
-    with asking(
+    with prepared(
         source, imports_follow=True, revision=revision, files=files, mirrors=mirrors, settings=settings,
         observers=observers, lock=lock, framework=options.pop("framework", None), options=options,
     ) as (asked, standby, _):  # fmt: skip
@@ -208,9 +210,9 @@ async def aload(
     framework: str | None = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
     **options: Any,
 ) -> Any:
     """As :func:`load`, in the running event loop; the framework builds in a worker thread."""
@@ -230,9 +232,9 @@ async def aload_tensors(
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
 ) -> dict[str, torch.Tensor]:
     """As :func:`load_tensors`, in the running event loop."""
     async with aopened(
@@ -250,10 +252,10 @@ async def astream(
     dtype: Any = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
-) -> AsyncIterator[AsyncTensorStream]:
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
+) -> AsyncIterator[tensors.AsyncTensorStream]:
     """As :func:`stream`, in the running event loop: ``async with``, ``async for``, ``await weights.get_tensor(name)``."""
     async with aopened(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock
@@ -277,10 +279,10 @@ async def aprefetch(
     revision: str | None = None,
     files: str | Sequence[str] | None = None,
     mirrors: str | Sequence[str] | None = None,
-    settings: SettingsLike = None,
-    observers: Iterable[Observer] = (),
-    lock: LockLike = None,
-) -> Snapshot:
+    settings: asking.SettingsLike = None,
+    observers: Iterable[events.Observer] = (),
+    lock: asking.LockLike = None,
+) -> types.Snapshot:
     """As :func:`prefetch`, in the running event loop."""
     async with aopened(
         source, revision=revision, files=files, mirrors=mirrors, settings=settings, observers=observers, lock=lock,

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def asking(
+def prepared(
     source: str | os.PathLike[str], *, imports_follow: bool = False, **arguments: Any
 ) -> Iterator[tuple[Asked, Standby | None, bool]]:
     """Resolve *arguments*; give what is asked for, a process that will be ready to fetch it, and whether one should.
@@ -47,7 +47,7 @@ def asking(
 @contextmanager
 def opened(source: str | os.PathLike[str], **arguments: Any) -> Iterator[Loading]:
     """Join the transfer that ``start`` began for this, or begin one; end it with the block."""
-    with asking(source, **arguments) as (asked, standby, apart):
+    with prepared(source, **arguments) as (asked, standby, apart):
         from . import running as transfers
 
         running = transfers.join(asked) or transfers.Running(asked, process=apart, standby=standby)

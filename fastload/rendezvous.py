@@ -17,9 +17,10 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .carrier import Carrier
 from .errors import FastloadError
 
 if TYPE_CHECKING:
@@ -229,8 +230,8 @@ def call() -> socket.socket | None:
     return None
 
 
-class Joined:
-    """Carries a transfer that another process makes for us, by telling what that says; the same face as a child process.
+class Joined(Carrier):
+    """Carries a transfer that another process makes for us, by telling what that says.
 
     Where it does not make this one, or ends before its end, another carrier goes on from what has landed.
 
@@ -240,17 +241,16 @@ class Joined:
     """
 
     def __init__(
-        self, asked: Asked, transfer: Transfer, connection: socket.socket, otherwise: Callable[[], Any]
+        self, asked: Asked, transfer: Transfer, connection: socket.socket, otherwise: Callable[[], Carrier]
     ) -> None:
         self._transfer = transfer
         self._connection = connection
         self._otherwise = otherwise
         self._lock = threading.Lock()
         self._stopped = False
-        self._other: Any = None
+        self._other: Carrier | None = None
         self._call = json.dumps({"source": asked.request.source, "names": names_of(asked)}).encode() + b"\n"
-        self._thread = threading.Thread(target=self._read, name="fastload-joined", daemon=True)
-        self._thread.start()
+        self._begin(self._read, "fastload-joined")
 
     def _read(self) -> None:
         try:
@@ -273,24 +273,22 @@ class Joined:
                 return
         self._transfer.fail(FastloadError("the transfer was stopped"))
 
-    def want(self, paths: Iterable[str]) -> None:
-        """Without effect: everything is delivered."""
-
     def join(self) -> None:
-        """Wait until it is over."""
-        self._thread.join()
+        """Wait until it is over, and with it whatever goes on in its place."""
+        super().join()
         if self._other is not None:
             self._other.join()
 
     @property
     def ended(self) -> bool:
         """Whether its thread, and whatever goes on in its place, is gone."""
-        return not self._thread.is_alive() and (self._other is None or self._other.ended)
+        return super().ended and (self._other is None or self._other.ended)
 
     def rest(self, timeout_s: float) -> bool:
-        """Wait up to *timeout_s* for the end; tell whether it has come."""
-        self._thread.join(timeout_s)
-        return self.ended or (not self._thread.is_alive() and bool(self._other.rest(timeout_s)))
+        """Wait up to *timeout_s* for the end, and as long for whatever goes on in its place; tell whether it has come."""
+        if super().rest(timeout_s):
+            return True
+        return self._other is not None and self._other.rest(timeout_s) and self.ended
 
     def stop(self) -> None:
         """Hear no more; who makes the transfer goes on with it. Harmless when repeated."""
@@ -301,6 +299,6 @@ class Joined:
                     self._connection.shutdown(socket.SHUT_RDWR)
                 except OSError:  # closed already
                     pass
-        self._thread.join()
+        super().join()
         if self._other is not None:
             self._other.stop()

@@ -7,11 +7,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from .ahead import ahead
 from .asking import Asked
 from .athand import deliver
+from .carrier import Carrier
 from .errors import FastloadError
 from .events import Events, Observer, log
 from .garbage import rarely
@@ -22,30 +23,6 @@ from .sync import InThread
 from .transfer import Transfer
 from .types import Snapshot
 from .worker import Child
-
-
-class _Carrier(Protocol):
-    def join(self) -> None: ...
-    @property
-    def ended(self) -> bool: ...
-    def rest(self, timeout_s: float) -> bool: ...
-    def stop(self) -> None: ...
-    def want(self, paths: Iterable[str]) -> None: ...
-
-
-class _Nobody:
-    """Carries a transfer that was over before it began."""
-
-    ended = True
-
-    def join(self) -> None: ...
-
-    def want(self, paths: Iterable[str]) -> None: ...
-
-    def rest(self, timeout_s: float) -> bool:
-        return True
-
-    def stop(self) -> None: ...
 
 
 class Running:
@@ -70,20 +47,18 @@ class Running:
             _at_work[:] = [running for running in _at_work if not running._carrier.ended]
             _at_work.append(self)
 
-    def _carry(
-        self, process: bool, settle: bool, connection: socket.socket | None, standby: Standby | None
-    ) -> _Carrier:
+    def _carry(self, process: bool, settle: bool, connection: socket.socket | None, standby: Standby | None) -> Carrier:
         asked = self._asked
         cold = deliver(asked.request, asked.settings, asked.pm, self.transfer.apply)
         if cold is not None:
             if connection is not None:
                 connection.close()
-            return ahead(cold, asked.settings) or _Nobody()
+            return ahead(cold, asked.settings) or Carrier()
         if connection is not None:
             return Joined(asked, self.transfer, connection, lambda: self._make(process, settle))
         return self._make(process, settle, standby)
 
-    def _make(self, process: bool, settle: bool, standby: Standby | None = None) -> _Carrier:
+    def _make(self, process: bool, settle: bool, standby: Standby | None = None) -> Carrier:
         asked = self._asked
         if process and asked.settings.process is not False:
             try:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .ahead import ReadAhead, ahead
+from .carrier import Carrier
 from .errors import FastloadError
 from .events import log
 from .readahead import is_resident
@@ -37,8 +38,8 @@ def engine_class() -> type[Engine]:
     return Engine
 
 
-class InThread:
-    """Runs one transfer in a thread; the same face as :class:`fastload.worker.Child`.
+class InThread(Carrier):
+    """Runs one transfer in a thread.
 
     Args:
         settle: The transfer is over when its files are safe from a power cut; otherwise they are made so after it, and
@@ -59,9 +60,7 @@ class InThread:
         self._engine: Engine | None = None
         self._ahead: ReadAhead | None = None
         self._stopped = False
-        # A daemon, so that a program that ends without closing its transfer is not kept from ending.
-        self._thread = threading.Thread(target=self._main, name="fastload-loop", daemon=True)
-        self._thread.start()
+        self._begin(self._main, "fastload-loop")
 
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
@@ -108,15 +107,6 @@ class InThread:
             if self._loop is not None and self._engine is not None:
                 self._loop.call_soon_threadsafe(self._engine.want, list(paths))
 
-    def join(self) -> None:
-        """Wait until the transfer, and what it does after the last message, has ended."""
-        self._thread.join()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its thread, and whatever that waits for, is gone."""
-        return not self._thread.is_alive()
-
     def rest(self, timeout_s: float) -> bool:
         """As :meth:`fastload.worker.Child.rest`."""
         if self._transfer.finished and not self._settle:
@@ -124,8 +114,7 @@ class InThread:
                 self._stopped = True
             if self._ahead is not None:
                 self._ahead.rest(0)
-        self._thread.join(timeout_s)
-        return self.ended
+        return super().rest(timeout_s)
 
     def stop(self) -> None:
         """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated.
@@ -138,4 +127,4 @@ class InThread:
             stopped, self._stopped = self._stopped, True
             if not stopped and self._loop is not None and self._task is not None:
                 self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join()
+        self.join()

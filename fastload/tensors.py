@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import FastloadError, FormatError, NotFoundError
+from .late import Late
 from .profile import Profile
 from .served import served
 from .settings import Settings
@@ -24,6 +25,8 @@ from .weightfile import TensorSlice, WeightFile, nearest
 if TYPE_CHECKING:
     import pluggy
     import torch
+else:
+    pluggy, torch = Late("pluggy"), Late("torch")
 
 Result = TypeVar("Result")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .device import DTYPES, dtype_code, import_torch, torch_dtype
 from .errors import FormatError, NotFoundError, PluginError, UnsupportedSourceError
+from .late import Late
 from .plugins import call_hook, call_plugin
 from .runtimes import hint_for, what_is
 from .transfer import Transfer
@@ -18,6 +19,8 @@ from .types import ByteRange, Format, NeedBytes, TensorInfo
 if TYPE_CHECKING:
     import pluggy
     import torch
+else:
+    pluggy, torch = Late("pluggy"), Late("torch")
 
 #: Specified (hook ``fastload_format``): how much of a file the hook gets to see.
 HEAD_BYTES = 64 * 1024

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from .carrier import Carrier
 from .errors import FastloadError
 from .events import log
 from .priority import give_way
@@ -30,7 +31,7 @@ from .types import Digest, Manifest, RemoteFile, Request
 _PATIENCE_S = 5.0
 
 
-class Child:
+class Child(Carrier):
     """A transfer process and the thread that reads what it tells.
 
     Args:
@@ -48,8 +49,7 @@ class Child:
         self._speaking = threading.Lock()
         orders = {"request": request_record(request), "settings": settings.to_record()}
         self._process = started(orders, settings.plugins, standby)
-        self._thread = threading.Thread(target=self._read, name="fastload-child", daemon=True)
-        self._thread.start()
+        self._begin(self._read, "fastload-child")
 
     @property
     def pid(self) -> int:
@@ -92,15 +92,6 @@ class Child:
         except (BrokenPipeError, ValueError):  # it has ended: its last message says how
             pass
 
-    def join(self) -> None:
-        """Wait until the process has ended and has been reaped."""
-        self._thread.join()
-
-    @property
-    def ended(self) -> bool:
-        """Whether its thread, and whatever that waits for, is gone."""
-        return not self._thread.is_alive()
-
     def rest(self, timeout_s: float) -> bool:
         """Let it end what it has begun and begin nothing more; tell whether it has been reaped by then."""
         if self._transfer.finished and self._process.stdin is not None:
@@ -109,15 +100,14 @@ class Child:
                     self._process.stdin.close()
                 except BrokenPipeError:
                     pass
-        self._thread.join(timeout_s)
-        return self.ended
+        return super().rest(timeout_s)
 
     def stop(self) -> None:
         """End the transfer if it still runs; return when the process is gone. Harmless when repeated.
 
         A child that has delivered everything is left to finish its disk writes by itself.
         """
-        if self._transfer.finished or not self._thread.is_alive():
+        if self._transfer.finished or self.ended:
             return
         self._stopped = True
         # Not by closing its standard input: a process that was forked from this one meanwhile holds that open too.
@@ -126,7 +116,7 @@ class Child:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-        self._thread.join()
+        self.join()
 
 
 # -- orders as plain data -------------------------------------------------------------------------------------------

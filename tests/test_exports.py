@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
 import types
+import typing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 
 import pytest
 
 import fastload
+from fastload import asking, events, loader, profile, running, tensors, weightfile
 
 HEAVY = {
     "torch", "numpy", "transformers", "safetensors", "huggingface_hub", "aiohttp", "aiofiles", "asyncio", "pluggy",
@@ -97,3 +101,58 @@ def test_every_module_says_what_it_is_for():
     for info in pkgutil.walk_packages(fastload.__path__, "fastload."):
         if not info.name.endswith("__main__"):
             assert (importlib.import_module(info.name).__doc__ or "").strip(), info.name
+
+
+def functions_of(*classes: type) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield the methods, and the getters of properties, that the classes define."""
+    for kind in classes:
+        for name, value in vars(kind).items():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if inspect.isfunction(function):
+                yield f"{kind.__name__}.{name}", function
+
+
+CALLS = {
+    **{name: value for name, value in vars(loader).items() if getattr(value, "__module__", None) == loader.__name__},
+    **{name: getattr(fastload, name) for name in ("accelerate", "on_start", "quiesce")},
+    **dict(
+        functions_of(
+            tensors.TensorStream, tensors.AsyncTensorStream, tensors.AsyncTensorSlice, weightfile.TensorSlice,
+            running.Running, profile.Profile, fastload.Snapshot, fastload.Settings,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_annotations_of_public_calls_can_be_evaluated(name: str):
+    """In either way that tools, pydantic among them, take."""
+    typing.get_type_hints(CALLS[name])
+    inspect.signature(CALLS[name], eval_str=True)
+
+
+def test_who_evaluates_annotations_gets_the_exact_types():
+    import torch
+
+    hints = typing.get_type_hints(fastload.load_tensors)
+    assert hints["return"] == dict[str, torch.Tensor] == typing.get_type_hints(fastload.aload_tensors)["return"]
+    assert hints["settings"] == asking.SettingsLike == fastload.Settings | Mapping[str, typing.Any] | None
+    assert hints["lock"] == asking.LockLike
+    assert hints["observers"] == Iterable[events.Observer]
+    assert typing.get_type_hints(fastload.prefetch)["return"] is fastload.Snapshot
+    assert typing.get_type_hints(fastload.start)["return"] is running.Running
+    assert typing.get_type_hints(fastload.stream)["return"] == Iterator[tensors.TensorStream]
+    assert typing.get_type_hints(fastload.astream)["return"] == AsyncIterator[tensors.AsyncTensorStream]
+
+
+def test_annotations_cost_no_import_until_somebody_evaluates_them():
+    """To look at the module, as help() and collectors of tests do, is not that."""
+    look = "import sys, inspect, pydoc, copy, fastload.loader as m; pydoc.render_doc(m); inspect.signature(m.load)"
+    wrapped = (
+        "[(inspect.unwrap(value), copy.copy(value)) for value in vars(m).values() if type(value).__name__ == 'Late']"
+    )
+    assert not set(run(f"{look}; {wrapped}; print(*sys.modules)").split()) & {
+        "torch",
+        "fastload.tensors",
+        "fastload.running",
+    }

@@ -19,8 +19,8 @@ PLUGINS = Path(__file__).parents[1] / "plugins"  # of the checkout: an installed
 ORDER = """
     errors types settings events
     plan runtimes mirrors flights concurrency retry refusals answers access disk digest phases interception garbage
-    importing measured coldstart profile lock hookspecs
-    priority apart sink http cache standby readahead ahead journal ring whole device pinned lane plugins pools
+    importing late measured coldstart profile lock hookspecs
+    priority apart sink http cache standby readahead carrier ahead journal ring whole device pinned lane plugins pools
     view transfer known resolve download athand fetch schedule landing delivery engine worker sync asking rendezvous running
     inloop listing shardindex weightfile staging copies feeder deferred supply router served plainway inflight tensors
     unawaited zerocopy loading opening loader lifecycle launch readers ondemand settled dropin starting
