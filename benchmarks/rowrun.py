@@ -17,6 +17,7 @@ from fastload.testing import Hub, spawn
 from fastload.zerocopy import zero_copy_bytes
 
 from .contender import sums
+from .lasttensor import watched
 from .rowmodels import folder_of
 from .runs import runs_folder
 
@@ -180,9 +181,22 @@ def plain_runs(row: Row, caches: Mapping[bool, Path], *, quick: bool) -> Iterato
         viewed, size = zero_copy_bytes(result, files) or (0, 0)
         record = {"load_s": ready_s - began_s, "result_bytes": size, "zero_copy_bytes": viewed}
         began_s = time.monotonic()
-        return {**record, "sums": _sums(result), "touch_s": time.monotonic() - began_s}
+        record |= {"sums": _sums(result), "touch_s": time.monotonic() - began_s}
+        del result
+        return record | _finish(row, place, tiny=quick)
 
     yield once
+
+
+def _finish(row: Row, place: Place, *, tiny: bool) -> Record:
+    """Return how long the usual way goes on after its last tensor; in a run of its own, for looking costs time."""
+    prepared = _prepared(row, tiny=tiny)
+    gc.collect()
+    with watched() as clock:
+        result = row.plain(place, prepared)
+        ready_s = time.monotonic()
+    del result
+    return {"finish_s": ready_s - clock.last_s} if clock.last_s else {}
 
 
 @contextmanager

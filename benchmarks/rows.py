@@ -156,10 +156,12 @@ def _page(records: Sequence[Record], versions: Record) -> Iterator[str]:
     yield ""
     names = ["write.finished", "verify.advanced", "file.verified", "transfer.finished", "build.waited", "build.finished",
              "load.finished"]  # fmt: skip
-    yield f"| row | {' | '.join(names)} |"
-    yield f"|---|{'---|' * len(names)}"
+    yield f"| row | {' | '.join(names)} | the usual way, after its last tensor |"
+    yield f"|---|{'---|' * (len(names) + 1)}"
     for row, found in runs:
-        yield f"| {row.name} | {' | '.join(_after_last(found, name) for name in names)} |"
+        finish = [1e3 * r["plain"]["finish_s"] for r in found if "finish_s" in r["plain"]]
+        cells = [*(_after_last(found, name) for name in names), f"{median(finish):.0f}" if finish else ""]
+        yield f"| {row.name} | {' | '.join(cells)} |"
     yield ""
     yield "Libraries: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     yield "How to read it: [benchmarks/README.md](../README.md)."

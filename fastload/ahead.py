@@ -45,7 +45,12 @@ class ReadAhead(Carrier):
             stdout=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is the program's to handle
         )
-        self._begin(self._reap, "fastload-child")
+        try:
+            self._begin(self._reap, "fastload-child")
+        except RuntimeError:
+            self._process.kill()
+            self._reap()
+            raise
 
     def _reap(self) -> None:
         self._process.wait()
@@ -63,6 +68,6 @@ def ahead(paths: Sequence[Path], settings: Settings) -> ReadAhead | None:
         return None
     try:
         return ReadAhead(paths)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # no more processes, or no more threads
         log.debug("files of the cache are not read ahead: %s", e)
         return None

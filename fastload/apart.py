@@ -9,18 +9,23 @@ two cores), a quarter of a second of which was the child's start.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from .settings import Settings
 
-#: By framework, modules of which one is there when the seconds of its imports are over. Of others we do not know.
+#: By framework, modules of which one is there when the seconds of its imports are over. Of others we do not know. Where none is
+#: named the files decide, too late for us; if it is one that nobody has imported, its imports hold the transfer up.
 _IMPORTED = {
     None: ("transformers.modeling_utils", "diffusers.models.modeling_utils"),
     "transformers": ("transformers.modeling_utils",),
     "diffusers": ("diffusers.models.modeling_utils",),
-    "sentence_transformers": ("sentence_transformers.SentenceTransformer",),
+    "sentence_transformers": (
+        "sentence_transformers.sentence_transformer.model",
+        "sentence_transformers.SentenceTransformer",  # before 6
+    ),
     "timm": ("timm.models",),
     "open_clip": ("open_clip.model",),
     "peft": ("peft.peft_model",),
@@ -30,8 +35,6 @@ _TENSORS = ("torch",)
 _OF_TENSORS = ("torch", "gguf")
 #: So long the GIL is let go, time for whoever waits for it to wake and take it.
 _LET_GO_S = 0.0005
-#: Specified, sys.getswitchinterval(): who computes gives the GIL back after 5 ms. A wait of half of that is no accident.
-_BUSY_S = 0.0025
 
 
 def better_apart(settings: Settings, framework: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
@@ -44,17 +47,20 @@ def better_apart(settings: Settings, framework: str | None = None, options: Mapp
     """
     if settings.process is not None:
         return settings.process
-    modules = _IMPORTED.get(framework, ()) if options is not None else _TENSORS
-    if framework in _OF_TENSORS or (options or {}).get("into") is not None:
-        modules = _TENSORS
+    if threading.current_thread() is not threading.main_thread():
+        return True  # when the main thread has come to its end, no pool of threads takes work, and this load may go on
+    tensors = options is None or framework in _OF_TENSORS or options.get("into") is not None
+    modules = _TENSORS if tensors else _IMPORTED.get(framework, ())
     return not any(name in sys.modules for name in modules) or _others_compute()
 
 
 def _others_compute() -> bool:
     """Tell whether other threads of this process keep the GIL; other work on all cores may look the same."""
+    # Specified: who computes gives the GIL back after one interval. A wait of half of that is no accident.
+    busy_s = sys.getswitchinterval() / 2
     for _ in range(2):
         let_go_s = time.perf_counter()
         time.sleep(_LET_GO_S)
-        if time.perf_counter() - let_go_s > _LET_GO_S + _BUSY_S:
+        if time.perf_counter() - let_go_s > _LET_GO_S + busy_s:
             return True
     return False

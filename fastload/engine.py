@@ -7,6 +7,7 @@ the bytes that landed are kept for the next one.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -95,7 +96,11 @@ class Engine:
         """
         while self._published:
             download, path = self._published.pop(0)
-            download.sync(path)
+            try:
+                download.sync(path)
+            except CacheError as e:
+                if e.errno != errno.ENOENT:  # else it was removed since: there is nothing to make safe
+                    raise
 
     @property
     def found(self) -> list[Path]:

@@ -26,8 +26,10 @@ class Pools:
     async def __aexit__(self, *_: object) -> None:
         ended: Future[None] = Future()
         # Not in the loop's own pool: the program may have filled that with threads that wait for us.
-        threading.Thread(target=self._end, args=(ended,), name="fastload-end").start()
+        ending = threading.Thread(target=self._end, args=(ended,), name="fastload-end")
+        ending.start()
         await outlast(ended)
+        ending.join()  # it has nothing left to do
 
     def _end(self, ended: Future[None]) -> None:
         self._hashing.shutdown()

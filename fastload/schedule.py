@@ -23,6 +23,9 @@ _LEAST_LAST_BYTES = 1 << 20
 #: Guessed: longer than a file's table of contents. Frameworks read those of all files before the first tensor.
 _HEAD_BYTES = 1 << 20
 
+#: Guessed: so much takes 9 ms to hash.
+_LAG_BYTES = 16 << 20
+
 
 class Turns:
     """Keeps the order of the plan while files are looked at and opened in threads, each in its own time.
@@ -112,6 +115,10 @@ class Schedule:
     Ranges of one file go out in file order, so that its hash, which must be in order, stays close behind; *shards* files
     are open to new ranges at once, because hashing runs in parallel only across files (measured: verified 1 to 18 ms
     after the last byte, against 400 ms for ranges striped over the whole file).
+
+    The file that a reader waits for gets all connections, as long as its hash keeps up with them. Frameworks take one file
+    after the other, in an order of their own: of what came before it was due, the reader would have the building left to do
+    when the last byte is there (measured, a pipeline of diffusers: 80 ms).
     """
 
     def __init__(self, shards: int) -> None:
@@ -119,6 +126,7 @@ class Schedule:
         self._small: deque[Download] = deque()
         self._large: list[Download] = []
         self._turn = 0
+        self._awaited: Download | None = None
 
     def add_small(self, download: Download) -> None:
         """One request for the whole of *download*."""
@@ -173,10 +181,14 @@ class Schedule:
         return min(piece_bytes, max(evened, _LEAST_LAST_BYTES))
 
     def _demanded(self, piece_bytes: int) -> tuple[Download, ByteRange] | None:
-        for download in self._large:
+        for download in tuple(self._large):
             offsets = download.journal.take_demands() if download.journal is not None else []
             if offsets:
                 _move_up(download, offsets, piece_bytes)
+            if offsets and max(offsets) >= _HEAD_BYTES:
+                self._large.remove(download)
+                self._large.insert(0, download)
+                self._awaited = download
         for download in self._large:
             if download.urgent and download.pending:
                 download.urgent -= 1
@@ -194,9 +206,17 @@ class Schedule:
         window = [d for d in self._large if d.pending][: self._shards]
         if not window:
             return None
+        if window[0] is self._awaited and _is_hashed(window[0]):
+            window = window[:1]
         self._turn += 1
         download = window[self._turn % len(window)]
         return download, _take(download, piece_bytes)
+
+
+def _is_hashed(download: Download) -> bool:
+    """Tell whether little has landed in order that is not hashed yet."""
+    landed_bytes = 0 if download.journal is None else download.journal.prefix_bytes()
+    return landed_bytes - download.hasher.hashed_bytes <= _LAG_BYTES
 
 
 def _move_up(download: Download, offsets: Iterable[int], piece_bytes: int) -> None:

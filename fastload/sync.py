@@ -23,6 +23,9 @@ from .types import Request
 if TYPE_CHECKING:
     from .engine import Engine
 
+#: Guessed, as for a child: how long a thread may take to put its files away.
+_PATIENCE_S = 5.0
+
 
 def unexpected(error: Exception) -> FastloadError:
     """Return the error for something that should not have happened in a transfer; *error* is its cause."""
@@ -82,12 +85,16 @@ class InThread(Carrier):
     def _rest_of(self, engine: Engine) -> None:
         """Do what nobody waits for."""
         try:
-            with self._lock:
-                if not self._stopped:
-                    self._ahead = ahead([path for path in engine.found if not is_resident(path)], self._settings)
+            cold = [path for path in engine.found if not is_resident(path)]
+        except OSError:  # whoever reads it will say so
+            cold = []
+        with self._lock:
+            if not self._stopped:
+                self._ahead = ahead(cold, self._settings)
+        try:
             engine.settle()
-        except (FastloadError, OSError) as e:
-            log.warning("after the transfer: %s", e)
+        except FastloadError as e:
+            log.warning("what was fetched may be gone after a power cut, and will be fetched again then: %s", e)
         if self._ahead is not None:
             self._ahead.join()
 
@@ -119,7 +126,8 @@ class InThread(Carrier):
     def stop(self) -> None:
         """Cancel the transfer if it still runs; return when its thread has ended. Harmless when repeated.
 
-        As with a child, what was delivered is left to be made safe.
+        As with a child, what was delivered is left to be made safe. A thread that a system call holds (a name that nobody
+        resolves, a dead disk) is not waited for longer than a child would be; it ends with that call.
         """
         if self._transfer.finished and not self._settle:
             return
@@ -127,4 +135,5 @@ class InThread(Carrier):
             stopped, self._stopped = self._stopped, True
             if not stopped and self._loop is not None and self._task is not None:
                 self._loop.call_soon_threadsafe(self._task.cancel)
-        self.join()
+        if not super().rest(_PATIENCE_S):
+            log.warning("a transfer that was stopped waits for the system; its thread ends with that")

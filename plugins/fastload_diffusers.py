@@ -28,6 +28,8 @@ _DECIDED = {
     "proxies": "set HTTPS_PROXY",
 }
 _FRAMEWORKS = ("diffusers", "transformers", "torch")
+#: Attributes of modules that hold thousands of things, none of which has a name of its own.
+_WEIGHTS = ("_parameters", "_buffers")
 #: Arguments with which from_pretrained reads whole files by ways of its own.
 _BYPASSING = ("disable_mmap", "use_flashpack", "use_onnx")
 
@@ -243,7 +245,7 @@ def _rename(pipeline: Any, served: str, snapshot: Snapshot) -> None:
             part.update(_renamed(part, served, snapshot))
         else:
             vars(part).update(_renamed(vars(part), served, snapshot))
-            if hasattr(part, "register_to_config"):  # frozen
+            if hasattr(type(part), "register_to_config"):  # frozen
                 part.register_to_config(**_renamed(part.config, served, snapshot))
 
 
@@ -253,8 +255,9 @@ def _renamed(names: Mapping[Any, Any], served: str, snapshot: Snapshot) -> dict[
 
 
 def _parts(roots: list[Any]) -> Iterator[Any]:
-    """Yield all objects and dicts of the frameworks that hang on *roots*."""
+    """Yield all objects and dicts of the frameworks that hang on *roots*, without the weights."""
     seen: set[int] = set()
+    theirs: dict[type, bool] = {}
     left = list(roots)
     while left:
         part = left.pop()
@@ -265,15 +268,16 @@ def _parts(roots: list[Any]) -> Iterator[Any]:
             left += part
         elif type(part) is dict:
             left += part.values()
-            yield part
-        elif _is_theirs(part):
-            left += vars(part).values()
+            if part:
+                yield part
+        elif not isinstance(part, type) and hasattr(part, "__dict__") and _is_theirs(type(part), theirs):
+            left += [value for name, value in vars(part).items() if name not in _WEIGHTS]
             if not isinstance(part, dict):
                 yield part
 
 
-def _is_theirs(part: Any) -> bool:
-    """Tell whether *part* is an object of a framework, or of a class derived from one of its own."""
-    if isinstance(part, type) or not hasattr(part, "__dict__"):
-        return False
-    return any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in type(part).__mro__)
+def _is_theirs(kind: type, known: dict[type, bool]) -> bool:
+    """Tell whether *kind* is a framework's class, or derived from one."""
+    if kind not in known:
+        known[kind] = any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in kind.__mro__)
+    return known[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transfers import LARGE, expected_bytes, tensor_bytes, write_weights
 
 import fastload
 from fastload.apart import better_apart
+from fastload.cache import RepoCache
 from fastload.settings import Settings
 from fastload.testing import Fault, Hub
 
@@ -93,6 +95,25 @@ def test_the_engine_runs_where_it_is_held_up_least(first: str, call: str, proces
     assert json.loads(run(code, environ={"FASTLOAD_PROCESS": process})) == [expected]
 
 
+@pytest.mark.parametrize("when", ["", "threading.main_thread().join(); "])
+def test_a_load_in_another_thread_outlives_the_end_of_the_main_one(when: str, hub: Hub, folder: Path):
+    """At the end of the main thread the interpreter closes all pools of threads, before it waits for other threads."""
+    hub.script(*[Fault("hold", path=LARGE, offset=300_000)][: not when])
+    code = f"""
+import threading, torch
+import fastload
+def work():
+    {when}print(len(fastload.load_tensors("org/m")), flush=True)
+threading.Thread(target=work).start()
+"""
+    with program(code) as process:
+        if not when:
+            hub.wait(lambda requests: any(r.held for r in requests))
+            hub.release()
+        out, err = process.communicate(timeout=60)
+    assert (out.strip(), err) == (str(len(expected_bytes(folder / LARGE))), "")
+
+
 def test_a_program_with_a_busy_thread_gets_a_child(hub: Hub):
     pids: list[int] = []
     with computing():
@@ -110,6 +131,7 @@ def test_a_program_with_a_busy_thread_gets_a_child(hub: Hub):
         (None, {}, ["torch", "transformers.modeling_utils"], False),
         (None, {}, ["torch", "diffusers.models.modeling_utils"], False),
         ("transformers", {}, ["torch", "diffusers.models.modeling_utils"], True),
+        ("transformers", {}, ["torch", "transformers.modeling_utils"], False),
         ("diffusers", {}, ["torch", "diffusers.models.modeling_utils"], False),
         ("somebody's", {}, ["torch", "transformers.modeling_utils"], True),
         ("torch", {"into": object()}, ["torch"], False),
@@ -135,6 +157,48 @@ def test_what_a_thread_fetched_is_made_safe_from_a_power_cut(hub: Hub, tmp_path:
     fastload.quiesce()
     stamps = [json.loads(path.read_text()) for path in tmp_path.rglob(".fastload/verified/*")]
     assert [stamp["synced"] for stamp in stamps] == [True]
+
+
+def test_what_is_gone_before_it_was_made_safe_is_no_news(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    began, go = Event(), Event()
+    real = RepoCache.sync
+
+    def sync(self: RepoCache, path: Path) -> None:
+        began.set()
+        go.wait()
+        real(self, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RepoCache, "sync", sync)
+        fastload.load_tensors("org/m", settings={"cache_dir": tmp_path / "temporary"})
+        assert began.wait(30)
+        shutil.rmtree(tmp_path / "temporary")
+        go.set()
+        fastload.quiesce()
+    assert not caplog.records
+
+
+def test_a_system_call_that_does_not_return_does_not_keep_an_interrupted_program(hub: Hub):
+    code = """
+import os, signal, socket, threading, torch
+import fastload, fastload.sync
+fastload.sync._PATIENCE_S = 0.2
+asked, resolve = threading.Event(), socket.getaddrinfo
+def never(*args, **kwargs):
+    asked.set()
+    threading.Event().wait()
+socket.getaddrinfo = never
+def interrupt():
+    asked.wait()
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    fastload.load_tensors("org/m", settings={"endpoint": "http://nowhere.invalid"})
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    os._exit(0)
+"""
+    assert run(code).strip() == "interrupted"
 
 
 def test_a_program_may_end_while_what_it_fetched_is_made_safe(hub: Hub, tmp_path: Path):

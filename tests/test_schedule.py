@@ -20,10 +20,14 @@ class Journal:
 
     def __init__(self) -> None:
         self.demands: list[int] = []
+        self.landed_bytes = 0
 
     def take_demands(self) -> list[int]:
         taken, self.demands = self.demands, []
         return taken
+
+    def prefix_bytes(self) -> int:
+        return self.landed_bytes
 
 
 def download(name: str, blocks: int) -> Download:
@@ -107,6 +111,28 @@ def test_a_wish_within_a_long_range_cuts_it_where_the_reader_stands():
     assert job is not None and job[1] == ByteRange(5 * PIECE, 6 * PIECE)
     rest = {n for _, s in iter(lambda: schedule.next(PIECE), None) for n in range(s.start // PIECE, s.stop // PIECE)}
     assert rest == {0, 1, 2, 3, 4, 6, 7}
+
+
+def test_the_file_that_a_reader_waits_for_gets_all_connections_as_long_as_its_hash_keeps_up():
+    schedule = Schedule(shards=2)
+    for made in (download("a", 4), download("b", 4), last := download("c", 40)):
+        schedule.add_large(made)
+    assert set(taken(schedule, 2)) == {"a0", "b0"}
+    demand(last, 20)  # behind the head, which frameworks read of every file
+    order = taken(schedule, 10)
+    assert order == [f"c{n}" for n in range(20, 30)]
+    last.journal.landed_bytes = 1 << 30  # type: ignore[union-attr]
+    assert {name[0] for name in taken(schedule, 4)} == {"a", "c"}
+    last.hasher.hashed_bytes = 1 << 30
+    assert {name[0] for name in taken(schedule, 4)} == {"c"}
+
+
+def test_the_head_of_a_file_does_not_put_it_before_others():
+    schedule = Schedule(shards=1)
+    schedule.add_large(download("a", 3))
+    schedule.add_large(second := download("b", 3))
+    demand(second, 0)
+    assert taken(schedule) == ["b0", "a0", "a1", "a2", "b1", "b2"]
 
 
 def test_a_file_that_is_complete_is_asked_for_no_more():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ENVIRON, held, journal_of, landed_bytes, program, run, until
+from programs import ENVIRON, children, held, journal_of, landed_bytes, program, run, until
 from transfers import LARGE, RANGE, expected_bytes, tensor_bytes, write_weights
 
 import fastload
@@ -157,6 +158,31 @@ def test_a_waiter_takes_over_and_its_open_tensors_stay_valid(hub: Hub, folder: P
         assert tensor_bytes(read) == expected
     assert hub.bytes_sent(LARGE) == size - 4 * RANGE
     assert journal_of(cache) is None
+
+
+FORKS = """
+import os, sys
+import fastload
+def fork(event):
+    if event.name == "write.finished" and not os.fork():
+        sys.stdin.read()  # a worker that lives on
+        os._exit(0)
+fastload.prefetch("org/m", observers=[fork])
+"""
+
+
+def test_a_process_that_was_forked_during_a_transfer_does_not_keep_the_lock(hub: Hub, cache: Path, size: int):
+    hold_at(hub, 4 * RANGE, size)
+    with program(FORKS, stdin=subprocess.PIPE) as owner:
+        held(hub)
+        until(lambda: landed_bytes(cache) == 4 * RANGE)
+        assert children(owner.pid)
+        hub.clear()
+        hub.script()
+        owner.kill()
+        with program(LOAD) as second:
+            assert second.communicate(timeout=30)[0] == "12\n"
+    assert hub.bytes_sent(LARGE) == size - 4 * RANGE
 
 
 def test_of_many_waiters_one_takes_over(hub: Hub, cache: Path, size: int):

@@ -118,6 +118,20 @@ def new_file_mode(folder: Path) -> int:
         os.unlink(probe)
 
 
+#: Descriptors of this process that hold a lock, or are about to.
+LOCKS: set[int] = set()
+
+
+def _forked() -> None:
+    """A copy would keep the lock when its owner is killed, and nobody could go on with the file."""
+    while LOCKS:
+        with suppress(OSError):
+            os.close(LOCKS.pop())  # closed, not unlocked: that would take it from the parent
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def temporary_path(folder: Path) -> Path:
     """Return a free name in *folder*; among blobs, huggingface_hub prunes what a crash leaves under such a name."""
     return folder / f"{os.urandom(8).hex()}.incomplete"
@@ -172,8 +186,10 @@ def _write_out(fd: int) -> None:
     size = os.fstat(fd).st_size
     if size <= _STEP_BYTES or sys.platform != "linux":
         return
-    import ctypes  # costs milliseconds, and only large files need it
-
+    try:
+        import ctypes  # costs milliseconds, and only large files need it
+    except ImportError:  # a Python that was built without
+        return
     call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if call is None:
         return

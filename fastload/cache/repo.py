@@ -19,6 +19,7 @@ from ..errors import SourceError
 from ..types import Digest, Manifest, RemoteFile
 from . import filesystem, refs, stamps, tree
 from .disk import (
+    LOCKS,
     check_path,
     disk,
     has_no_symlinks,
@@ -146,6 +147,7 @@ class RepoCache:
         with disk("lock", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             fd = open_lock(path)
+            LOCKS.add(fd)
             held = False
             try:
                 # Some filesystems say EACCES, not EAGAIN (fcntl(2) allows both). And somebody may have removed the file
@@ -155,15 +157,22 @@ class RepoCache:
                     held = os.path.samestat(os.fstat(fd), os.stat(path))
             finally:
                 if not held:
+                    LOCKS.discard(fd)
                     os.close(fd)
         return fd if held else None
 
     def unlock(self, fd: int) -> None:
-        """Give back what :meth:`try_lock` returned; the lock file stays, as everybody else's does."""
+        """Give back what :meth:`try_lock` returned; the lock file stays, as everybody else's does.
+
+        Without effect in a process that was forked meanwhile: the lock is its parent's.
+        """
+        if fd not in LOCKS:
+            return
         try:
             with suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)  # not close() alone: a forked child may hold a copy
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not close() alone: somebody else may hold a copy
         finally:
+            LOCKS.discard(fd)
             os.close(fd)
 
     # -- putting files into snapshots ---------------------------------------------------------------------------------
