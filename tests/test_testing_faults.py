@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import socket
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,6 +269,22 @@ def test_reset_reaches_a_blocking_socket_as_econnreset(make_hub: MakeHub) -> Non
             while chunk := connection.recv(65536):
                 received += chunk
     assert received.endswith(b"\r\n\r\n" + DATA[:10])
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_a_client_that_hangs_up_is_no_error_of_the_hub(
+    kind: str, make_hub: MakeHub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = bytes(16 << 20)  # more than the buffers between the two take
+    (tmp_path / "w.safetensors").write_bytes(data)
+    hub = make_hub({"org/m": {"w.safetensors": data} if kind == "memory" else tmp_path}, shape="mirror")
+    with socket.create_connection(("127.0.0.1", int(hub.endpoint.rpartition(":")[2]))) as connection:
+        connection.sendall(f"GET {URL} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert connection.recv(1000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+    hub.wait(lambda requests: requests[0].ended_s is not None)
+    assert (asyncio.run(get(hub.endpoint + URL))).body == data
+    assert not caplog.records
 
 
 async def test_faults_of_one_answer_add_up(mirror: Hub) -> None:
