@@ -27,6 +27,8 @@ from .whole import fill_in_order, land_in_order
 _PIECE_S, _LEAST_PIECE_BYTES = 1.0, 1 << 20
 #: Guessed: how often to look for slow connections and for too few of them.
 _LOOK_S = 0.25
+#: Guessed: a third of what one core hashes, beside whatever else it does.
+_HASHED_BYTES_PER_S = 500_000_000
 #: Measured: sha256 of so much takes less than handing it to a thread (0.1 ms).
 _HASH_HERE_BYTES = 64 << 10
 
@@ -50,6 +52,7 @@ class Landing:
         self._concurrency = Concurrency(most, events.clock)
         self._most = most
         self._flights = Flights(events.clock)
+        self._looked = events.clock(), 0
         self._more = asyncio.Event()
         self._over = asyncio.Event()
         self._large_ones_come: Callable[[], bool] = lambda: False
@@ -93,9 +96,13 @@ class Landing:
 
     def _look(self) -> None:
         self._flights.give_up_the_slow()
+        now_s, received_bytes = self._events.clock(), self._flights.received_bytes
+        looked_s, before_bytes = self._looked
+        self.schedule.one_at_a_time = received_bytes - before_bytes < _HASHED_BYTES_PER_S * (now_s - looked_s)
+        self._looked = now_s, received_bytes
         limit = self._concurrency.limit
         throttled = self._fetcher.mirrors.throttled
-        self._concurrency.look(self._flights.received_bytes, busy=self.schedule.has_more, throttled=throttled)
+        self._concurrency.look(received_bytes, busy=self.schedule.has_more, throttled=throttled)
         if self._concurrency.limit != limit:  # those that may take more now, and the one that has to take everything
             self._more.set()
 
