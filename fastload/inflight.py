@@ -121,7 +121,12 @@ class InFlight(Route):
     @property
     def is_moot(self) -> bool:
         """As :attr:`Route.is_moot`: the file was published as its transfer failed, and nobody could say so any more."""
-        return self.doomed is not None and in_flight_fd(self._pointer) is None and os.path.exists(self._pointer)
+        if self.doomed is None or in_flight_fd(self._pointer) is not None:
+            return False
+        try:  # the very file that arrived here: it gets its name once it is verified
+            return self._fd >= 0 and os.path.samestat(os.fstat(self._fd), os.stat(self._pointer))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Let go of the file; if it is not there by now, no link to it stays. Handles stay usable."""
