@@ -29,7 +29,8 @@ class Pools:
         ending = threading.Thread(target=self._end, args=(ended,), name="fastload-end")
         ending.start()
         await outlast(ended)
-        ending.join()  # it has nothing left to do
+        while ending.is_alive():  # it has nothing left to do
+            await asyncio.sleep(0)
 
     def _end(self, ended: Future[None]) -> None:
         self._hashing.shutdown()

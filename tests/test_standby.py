@@ -25,7 +25,13 @@ import fastload
 knew = []
 sys.addaudithook(lambda event, _: event == "subprocess.Popen" and knew.append("fastload.asking" in sys.modules))
 def left():
-    return [c for t in Path('/proc/self/task').iterdir() for c in (t / 'children').read_text().split()]
+    found = []
+    for thread in Path('/proc/self/task').iterdir():
+        try:
+            found += (thread / 'children').read_text().split()
+        except OSError:  # it has ended
+            pass
+    return found
 """
 
 
