@@ -26,11 +26,8 @@ class Pools:
     async def __aexit__(self, *_: object) -> None:
         ended: Future[None] = Future()
         # Not in the loop's own pool: the program may have filled that with threads that wait for us.
-        ending = threading.Thread(target=self._end, args=(ended,), name="fastload-end")
-        ending.start()
+        threading.Thread(target=self._end, args=(ended,), name="fastload-end").start()
         await outlast(ended)
-        while ending.is_alive():  # it has nothing left to do
-            await asyncio.sleep(0)
 
     def _end(self, ended: Future[None]) -> None:
         self._hashing.shutdown()

@@ -225,6 +225,8 @@ import fastload
 try:
     fastload.load_tensors("org/m")
 except KeyboardInterrupt:
+    for thread in threading.enumerate()[1:]:
+        thread.join(10)  # its work is done, and it is about to end
     print([t.name for t in threading.enumerate()], flush=True)
 """
     with program(code) as process:
