@@ -1,9 +1,9 @@
 """Whether a transfer runs apart from the program, in a child process, or in a thread of it.
 
 Beside imports, and whatever else keeps the GIL, an engine in the same process falls to a fraction of its speed: a child is
-worth its start. In a program that has imported all that the load will need, and is at rest, it is not: 2 GB over an unthrottled
-link into a dict of tensors took 1.27 s and 1.05 CPU-s/GB in a thread, 1.69 s and 1.36 with a child (medians of 5, in turns,
-two cores), a quarter of a second of which was the child's start.
+worth its start. In a program that has imported all that the load will need (a server that loads its second model), and is at
+rest, it is not: 2 GB over an unthrottled link into a dict of tensors took 1.27 s and 1.05 CPU-s/GB in a thread, 1.69 s and 1.36
+with a child (medians of 5, in turns, two cores), a quarter of a second of which was the child's start.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _IMPORTED = {
     "open_clip": ("open_clip.model",),
     "peft": ("peft.peft_model",),
 }
+#: What a load imports on the program's side while the bytes arrive. Until the first one has, a child is as quick; and Ctrl-C in
+#: the middle of an import may leave Python's import lock taken, for which a thread that imports something too would wait forever.
+_OURS = {f"{__package__}.loading", "safetensors"}
 #: What those need who want tensors alone.
 _TENSORS = ("torch",)
 _OF_TENSORS = ("torch", "gguf")
@@ -49,6 +52,8 @@ def better_apart(settings: Settings, framework: str | None = None, options: Mapp
         return settings.process
     if threading.current_thread() is not threading.main_thread():
         return True  # when the main thread has come to its end, no pool of threads takes work, and this load may go on
+    if not sys.modules.keys() >= _OURS:
+        return True
     tensors = options is None or framework in _OF_TENSORS or options.get("into") is not None
     modules = _TENSORS if tensors else _IMPORTED.get(framework, ())
     return not any(name in sys.modules for name in modules) or _others_compute()

@@ -82,10 +82,16 @@ def begun(**options):
     ("first", "call", "process", "expected"),
     [
         ("", "tensors", "", "child"),  # it imports torch while the bytes arrive
-        ("import torch", "tensors", "", "here"),
-        ("import torch", "stream", "", "here"),
-        ("import torch", "begun", "", "child"),  # who starts early has imports before him
-        ("import torch", "tensors", "1", "child"),
+        ("import torch", "tensors", "", "child"),  # and much of ours, the first time
+        ("import torch, safetensors, fastload.loading", "tensors", "", "here"),
+        ("import torch, safetensors, fastload.loading", "stream", "", "here"),
+        (
+            "import torch, safetensors, fastload.loading",
+            "begun",
+            "",
+            "child",
+        ),  # who starts early has imports before him
+        ("import torch, safetensors, fastload.loading", "tensors", "1", "child"),
         ("", "tensors", "0", "here"),
         ("", "begun", "0", "here"),
     ],
@@ -100,7 +106,7 @@ def test_a_load_in_another_thread_outlives_the_end_of_the_main_one(when: str, hu
     """At the end of the main thread the interpreter closes all pools of threads, before it waits for other threads."""
     hub.script(*[Fault("hold", path=LARGE, offset=300_000)][: not when])
     code = f"""
-import threading, torch
+import threading, torch, safetensors, fastload.loading
 import fastload
 def work():
     {when}print(len(fastload.load_tensors("org/m")), flush=True)
@@ -180,7 +186,7 @@ def test_what_is_gone_before_it_was_made_safe_is_no_news(hub: Hub, tmp_path: Pat
 
 def test_a_system_call_that_does_not_return_does_not_keep_an_interrupted_program(hub: Hub):
     code = """
-import os, signal, socket, threading, torch
+import os, signal, socket, threading, torch, safetensors, fastload.loading
 import fastload, fastload.sync
 fastload.sync._PATIENCE_S = 0.2
 asked, resolve = threading.Event(), socket.getaddrinfo
@@ -204,7 +210,7 @@ except KeyboardInterrupt:
 def test_a_program_may_end_while_what_it_fetched_is_made_safe(hub: Hub, tmp_path: Path):
     """The disk is slow: the interpreter must not wait for it, nor say anything of it."""
     code = """
-import threading, torch
+import threading, torch, safetensors, fastload.loading
 import fastload
 from fastload.cache import RepoCache
 syncing = threading.Event()
@@ -220,7 +226,7 @@ syncing.wait()
 def test_an_interrupted_load_leaves_no_thread_and_keeps_what_landed(hub: Hub, folder: Path, tmp_path: Path):
     hub.script(Fault("hold", path=LARGE, offset=300_000))
     code = """
-import threading, torch
+import threading, torch, safetensors, fastload.loading
 import fastload
 try:
     fastload.load_tensors("org/m")

@@ -12,6 +12,8 @@ VERIFIES = "sha256"
 
 def prepare(job: dict[str, Any]) -> None:
     """Import what a server that runs already has."""
+    import safetensors  # noqa: F401
+
     import fastload.engine  # what the first call imports, aiohttp too
     import fastload.loading
     import fastload.running  # noqa: F401
