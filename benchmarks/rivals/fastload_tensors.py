@@ -11,9 +11,8 @@ VERIFIES = "sha256"
 
 def prepare(job: dict[str, Any]) -> None:
     """Import what a program that runs already has."""
-    import torch  # noqa: F401
-
     import safetensors  # noqa: F401
+    import torch  # noqa: F401
 
     import fastload.engine  # what the first call imports, aiohttp too
     import fastload.loading
