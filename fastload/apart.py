@@ -31,7 +31,7 @@ _IMPORTED = {
     "peft": ("peft.peft_model",),
 }
 #: What a load imports on the program's side while the bytes arrive. Until the first one has, a child is as quick; and Ctrl-C in
-#: the middle of an import may leave Python's import lock taken, for which a thread that imports something too would wait forever.
+#: the middle of an import may leave Python's import lock taken: a thread that imports something too would wait for it forever.
 _OURS = {f"{__package__}.loading", "safetensors"}
 #: What those need who want tensors alone.
 _TENSORS = ("torch",)

@@ -42,6 +42,16 @@ def hub(folder: Path, make_hub: Callable[..., Hub], monkeypatch: pytest.MonkeyPa
     return made
 
 
+@pytest.fixture
+def at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this machine does: to a program that waits for a core, others seem to compute."""
+    monkeypatch.setattr("fastload.apart._others_compute", lambda: False)
+
+
+#: As the fixture.
+AT_REST = "import fastload.apart; fastload.apart._others_compute = lambda: False"
+
+
 @contextmanager
 def computing() -> Iterator[None]:
     """Keep the GIL busy in another thread, as imports do."""
@@ -97,7 +107,7 @@ def begun(**options):
     ],
 )
 def test_the_engine_runs_where_it_is_held_up_least(first: str, call: str, process: str, expected: str, hub: Hub):
-    code = f"{first}\n{WHERE}\nprint(json.dumps(where({call})))"
+    code = f"{first}\n{AT_REST}\n{WHERE}\nprint(json.dumps(where({call})))"
     assert json.loads(run(code, environ={"FASTLOAD_PROCESS": process})) == [expected]
 
 
@@ -127,6 +137,7 @@ def test_a_program_with_a_busy_thread_gets_a_child(hub: Hub):
     assert pids and pids[0] != os.getpid()
 
 
+@pytest.mark.usefixtures("at_rest")
 @pytest.mark.parametrize(
     ("framework", "options", "imported", "expected"),
     [
@@ -158,6 +169,7 @@ def test_imports_that_a_load_still_needs_are_beside_a_child(
     assert not better_apart(Settings(process=False), framework, options)
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_what_a_thread_fetched_is_made_safe_from_a_power_cut(hub: Hub, tmp_path: Path):
     fastload.load_tensors("org/m")
     fastload.quiesce()
@@ -165,6 +177,7 @@ def test_what_a_thread_fetched_is_made_safe_from_a_power_cut(hub: Hub, tmp_path:
     assert [stamp["synced"] for stamp in stamps] == [True]
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_what_is_gone_before_it_was_made_safe_is_no_news(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     began, go = Event(), Event()
     real = RepoCache.sync
@@ -204,7 +217,7 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
     os._exit(0)
 """
-    assert run(code).strip() == "interrupted"
+    assert run(code, environ={"FASTLOAD_PROCESS": "0"}).strip() == "interrupted"
 
 
 def test_a_program_may_end_while_what_it_fetched_is_made_safe(hub: Hub, tmp_path: Path):
@@ -218,7 +231,7 @@ RepoCache.sync = lambda self, path: (syncing.set(), threading.Event().wait())
 fastload.load_tensors("org/m")
 syncing.wait()
 """
-    with program(code) as process:
+    with program(code, environ={"FASTLOAD_PROCESS": "0"}) as process:
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
 
@@ -235,7 +248,7 @@ except KeyboardInterrupt:
         thread.join(10)  # its work is done, and it is about to end
     print([t.name for t in threading.enumerate()], flush=True)
 """
-    with program(code) as process:
+    with program(code, environ={"FASTLOAD_PROCESS": "0"}) as process:
         hub.wait(lambda requests: any(r.held for r in requests))
         assert not children(process.pid)
         process.send_signal(2)
@@ -248,6 +261,7 @@ except KeyboardInterrupt:
     assert 0 < hub.bytes_sent(LARGE) <= (folder / LARGE).stat().st_size - landed < (folder / LARGE).stat().st_size
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_cached_weights_on_the_disk_alone_are_read_ahead_by_a_process(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("fastload.sync.is_resident", lambda path: False)
     started: list[list[str]] = []
@@ -258,6 +272,7 @@ def test_cached_weights_on_the_disk_alone_are_read_ahead_by_a_process(hub: Hub, 
     assert sorted(started) == [[], [LARGE]]  # before the first load, nothing was in the cache
 
 
+@pytest.mark.usefixtures("at_rest")
 def test_quiesce_ends_a_process_that_reads_ahead_for_a_thread(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     fastload.load_tensors("org/m")
     monkeypatch.setattr("fastload.sync.is_resident", lambda path: False)
