@@ -13,10 +13,12 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+import safetensors  # noqa: F401
 from programs import ENVIRON, children, landed_bytes, program, run, until
 from transfers import LARGE, expected_bytes, tensor_bytes, write_weights
 
 import fastload
+import fastload.loading  # both as after a first load: until then there is a child
 from fastload.apart import better_apart
 from fastload.cache import RepoCache
 from fastload.settings import Settings
@@ -95,12 +97,8 @@ def begun(**options):
         ("import torch", "tensors", "", "child"),  # and much of ours, the first time
         ("import torch, safetensors, fastload.loading", "tensors", "", "here"),
         ("import torch, safetensors, fastload.loading", "stream", "", "here"),
-        (
-            "import torch, safetensors, fastload.loading",
-            "begun",
-            "",
-            "child",
-        ),  # who starts early has imports before him
+        # Who starts early has imports before him.
+        ("import torch, safetensors, fastload.loading", "begun", "", "child"),
         ("import torch, safetensors, fastload.loading", "tensors", "1", "child"),
         ("", "tensors", "0", "here"),
         ("", "begun", "0", "here"),

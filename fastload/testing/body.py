@@ -97,21 +97,7 @@ class Bodies:
         span: ByteRange,
         faults: Sequence[Fault],
     ) -> web.StreamResponse:
-        """Send *response* and the bytes *span* of *entry* with *faults*; what the client no longer wants is dropped."""
-        try:
-            return await self._send(request, response, exchange, entry, span, faults)
-        except ConnectionError:  # that is for the client to say, not for the log of a server
-            return response
-
-    async def _send(
-        self,
-        request: web.BaseRequest,
-        response: web.StreamResponse,
-        exchange: Exchange,
-        entry: Entry,
-        span: ByteRange,
-        faults: Sequence[Fault],
-    ) -> web.StreamResponse:
+        """Send *response* and the bytes *span* of *entry* with *faults*."""
         kinds = {f.kind for f in faults}
         exchange.status = response.status
         if "gzip" in kinds:

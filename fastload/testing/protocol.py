@@ -295,7 +295,10 @@ class _Call:
             shift = sum(f.shift for f in faults if f.kind == "bad_range")
             headers["Content-Range"] = f"bytes {span.start + shift}-{span.stop - 1 + shift}/{entry.size}"
         response = web.StreamResponse(status=200 if span is None else 206, headers=headers)
-        return await self._bodies.send(self._request, response, self._exchange, entry, span or whole, faults)
+        try:
+            return await self._bodies.send(self._request, response, self._exchange, entry, span or whole, faults)
+        except ConnectionError:  # the client has gone: that is for it to say, not for the log of a server
+            return response
 
 
 def _refusal(status: int, error: str, code: str | None = None, message: str | None = None) -> web.Response:
