@@ -177,7 +177,7 @@ _FLOORS = (
     Case(
         "tls_llama",
         f"Over TLS, as fast as loopback is. {_FROM_CALL} all files are in the empty cache",
-        ("fastload_prefetch", "snapshot_download", "curl", "floor_hash", "floor_write"),
+        ("fastload_prefetch", "snapshot_download", "fastload_receive", "curl", "floor_hash", "floor_write"),
         _CACHED,
         LLAMA,
         clock="call",

@@ -221,11 +221,11 @@ class TensorStream:
             view = self.transfer.files[path]
             table = weight_map(path, view.read(ByteRange(0, view.size)))
             folder = PurePosixPath(path).parent
-            wanted = {str(folder / shard) for shard in table.values()}
-            shards = {shard: file for shard, file in self._files.items() if shard in wanted}
+            wanted = {shard: str(folder / shard) for shard in dict.fromkeys(table.values())}
+            shards = {place: self._files[place] for place in wanted.values() if place in self._files}
             for name, shard in table.items():
                 # No file of it is there: the index of a variant that was not chosen.
-                if shards and str(folder / shard) not in shards:
+                if shards and wanted[shard] not in shards:
                     raise FormatError(
                         f"{path}: tensor {name!r} should be in {shard}, which is not among the files",
                         hint="the repository, or files=, lacks it",

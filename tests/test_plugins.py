@@ -84,6 +84,29 @@ def test_installed_plugin_is_found_with_its_distribution_and_hooks(install: Inst
     )
 
 
+HOOKS_OF_ALL_KINDS = """
+from fastload.hookspecs import hookimpl
+
+class Formats:
+    @hookimpl
+    def fastload_format(self, filename, head):
+        return None
+
+fastload_format = Formats().fastload_format
+
+@hookimpl(specname="fastload_build_model")
+def build(framework):
+    return None
+"""
+
+
+def test_hooks_are_found_whatever_their_name_and_whatever_kind_of_function_they_are(install: Install) -> None:
+    install("kinds", HOOKS_OF_ALL_KINDS)
+    assert record("kinds") == plugins.PluginRecord(
+        "kinds", "plugin-kinds", "3.1", ("fastload_build_model", "fastload_format")
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

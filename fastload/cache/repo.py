@@ -29,6 +29,7 @@ from .disk import (
     removed_on_error,
     sync,
     temporary_path,
+    with_folder,
 )
 
 log = logging.getLogger("fastload")
@@ -125,10 +126,8 @@ class RepoCache:
             places.append(self.blob_path(file.digest))
         for place in places:
             with suppress(OSError):
-                if is_in_flight(place):
-                    continue
-                status = os.stat(place)
-                if stat.S_ISREG(status.st_mode) and status.st_size == file.size:
+                status = os.stat(place)  # first: most often there is nothing, and that is all there is to ask
+                if stat.S_ISREG(status.st_mode) and status.st_size == file.size and not is_in_flight(place):
                     return place
         return None
 
@@ -145,8 +144,7 @@ class RepoCache:
         """
         path = self.lock_path(digest)
         with disk("lock", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = open_lock(path)
+            fd = with_folder(path, lambda: open_lock(path))
             LOCKS.add(fd)
             held = False
             try:
@@ -217,9 +215,9 @@ class RepoCache:
 
     def _show(self, blob: Path, pointer: Path, *, move: bool) -> bool:
         """Link *pointer* to *blob*, or copy or move it there; tell whether it was moved."""
-        pointer.parent.mkdir(parents=True, exist_ok=True)
-        if self.symlinks and self._symlink(blob, pointer):
+        if self.symlinks and with_folder(pointer, lambda: self._symlink(blob, pointer)):
             return False
+        pointer.parent.mkdir(parents=True, exist_ok=True)
         if move:
             os.replace(blob, pointer)
             return True
