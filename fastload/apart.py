@@ -43,7 +43,7 @@ _LET_GO_S = 0.0005
 def better_apart(settings: Settings, framework: str | None = None, options: Mapping[str, Any] | None = None) -> bool:
     """Tell whether a child should run a transfer that begins now.
 
-    Blocks for a millisecond, or as long as other threads keep the GIL.
+    Where the program has other threads, blocks for a millisecond, or as long as they keep the GIL.
 
     Args:
         options: Those of a ``load``; ``None``: tensors alone are wanted.
@@ -61,6 +61,8 @@ def better_apart(settings: Settings, framework: str | None = None, options: Mapp
 
 def _others_compute() -> bool:
     """Tell whether other threads of this process keep the GIL; other work on all cores may look the same."""
+    if threading.active_count() == 1:
+        return False
     # Specified: who computes gives the GIL back after one interval. A wait of half of that is no accident.
     busy_s = sys.getswitchinterval() / 2
     for _ in range(2):
