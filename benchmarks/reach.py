@@ -116,8 +116,8 @@ def _receiving_alone(results: Results) -> float | None:
 
 
 def _receiving(results: Results) -> float | None:
-    """Our CPU time less what hashing and writing take alone (so all else counts as receiving, and what threads cost each
-    other), over curl's."""
+    """Our CPU time less what hashing and writing take alone (so all else counts as receiving, also what threads cost
+    each other), over curl's."""
     ours, curl = results.median(results.ours, results.work_s), results.median("curl", results.work_s)
     stages = [results.median(name, lambda r: r.get("stage_cpu_s")) for name in ("floor_hash", "floor_write")]
     if ours is None or not curl or None in stages:
