@@ -97,7 +97,7 @@ def removed_on_error(path: Path) -> Iterator[None]:
 def with_folder(path: Path, make: Callable[[], T]) -> T:
     """Return what *make* returns, which makes *path*; where the folder of that is missing, make it first.
 
-    Measured, 1,000 small files: asking for the folder each time costs 3 % more CPU.
+    Nearly always it is there: of 1,000 small files only the first finds it missing.
     """
     try:
         return make()
