@@ -25,6 +25,7 @@ from hubcache import (
 )
 
 from fastload.cache import RepoCache, check_path
+from fastload.cache.disk import in_flight_link
 from fastload.errors import CacheError, SourceError
 from fastload.types import Digest, RemoteFile
 
@@ -67,6 +68,18 @@ def test_file_of_another_size_is_not_found(cache: RepoCache) -> None:
     assert cache.find(COMMIT, RemoteFile("model.safetensors", 1, WEIGHTS)) is None
     cache.blob_path(WEIGHTS).unlink()
     assert cache.find(COMMIT, RemoteFile("model.safetensors", len(FILES["model.safetensors"]), WEIGHTS)) is None
+
+
+def test_file_in_flight_is_not_found(cache: RepoCache) -> None:
+    publish(cache, "model.safetensors")
+    file = RemoteFile("model.safetensors", len(FILES["model.safetensors"]), WEIGHTS)
+    pointer = cache.link(COMMIT, "model.safetensors", WEIGHTS)
+    with open(cache.blob_path(WEIGHTS), "rb") as arriving:  # of the right size, as partial files are from the start
+        cache.blob_path(WEIGHTS).unlink()
+        pointer.unlink()
+        pointer.symlink_to(in_flight_link(arriving.fileno()))
+        assert os.stat(pointer).st_size == file.size
+        assert cache.find(COMMIT, file) is None
 
 
 @pytest.mark.parametrize("symlinks", [True, False], ids=["symlinks", "no symlinks"])
